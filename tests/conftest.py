@@ -1,0 +1,52 @@
+"""Shared by all tests: quiet threads, stored numbers, small worlds."""
+
+import os
+
+# Before torch is imported: waiting threads sleep, so that parallel tests do not starve each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmbook.noise import seeded
+from cmbook.oracle import Gaussian, GaussianMixture
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """Numbers of the reference implementations: a file name to a dict of tensors."""
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+
+    return read
+
+
+@pytest.fixture
+def generator():
+    return seeded(0)
+
+
+@pytest.fixture
+def gaussian():
+    """A Gaussian with unequal, turned axes."""
+    return Gaussian(
+        torch.tensor([0.3, -0.2], dtype=torch.float64),
+        torch.tensor([[0.25, 0.1], [0.1, 0.09]], dtype=torch.float64),
+    )
+
+
+@pytest.fixture
+def separable():
+    """A 2-D mixture whose paths are known: a 1-D mixture along x, one Gaussian along y."""
+    means = torch.tensor([[-0.5, 0.1], [0.4, 0.1], [0.9, 0.1]], dtype=torch.float64)
+    variances = torch.tensor([[0.15, 0.2], [0.1, 0.2], [0.2, 0.2]], dtype=torch.float64) ** 2
+    weights = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
+    return GaussianMixture(weights, means, torch.diag_embed(variances))
