@@ -1,0 +1,104 @@
+"""Multilayer perceptrons: a plain one for clouds of points, a residual one for small images."""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from cmbook.networks.blocks import Conditioning, zeroed
+from cmbook.protocols import Labels, PerSample, Samples
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A few wide layers; σ and the class are added before each.
+
+    Example:
+        >>> net = MLP(width=64, depth=3).build((2,))
+
+    Source: ours.
+    """
+
+    width: int = 128
+    depth: int = 4
+
+    def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
+        """The module for samples of `shape`."""
+        return MLPModule(shape, classes, self.width, self.depth)
+
+
+class MLPModule(nn.Module):
+    """What `MLP` builds."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int | None, width: int, depth: int) -> None:
+        super().__init__()
+        size = math.prod(shape)
+        self.conditioning = Conditioning(width, classes)
+        self.inlet = nn.Linear(size, width)
+        self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(depth - 1)])
+        self.outlet = nn.Linear(width, size)
+
+    def forward(self, x: Samples, c_noise: PerSample, label: Labels | None = None) -> Samples:
+        """The raw output, shaped as `x`."""
+        told = self.conditioning(c_noise, label)
+        h = self.inlet(x.flatten(1))
+        for layer in self.hidden:
+            h = layer(nn.functional.silu(h + told))
+        return cast(Tensor, self.outlet(nn.functional.silu(h))).view_as(x)
+
+
+@dataclass(frozen=True)
+class ResidualMLP:
+    """Blocks that each add to a running vector: deep enough for 8x8 images.
+
+    Attributes:
+        width: Of the running vector.
+        depth: Number of blocks, of two layers each.
+        told: Width of the vector that tells σ and the class.
+        dropout: Inside each block.
+
+    Source: He et al. (2016), pre-activation blocks.
+    """
+
+    width: int = 512
+    depth: int = 3
+    told: int = 128
+    dropout: float = 0.0
+
+    def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
+        """The module for samples of `shape`."""
+        return ResidualMLPModule(shape, classes, self)
+
+
+class ResidualMLPModule(nn.Module):
+    """What `ResidualMLP` builds."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: ResidualMLP) -> None:
+        super().__init__()
+        size, width = math.prod(shape), knobs.width
+        self.conditioning = Conditioning(knobs.told, classes)
+        self.inlet = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(
+            [_Block(width, knobs.told, knobs.dropout) for _ in range(knobs.depth)]
+        )
+        self.outlet = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, size)))
+
+    def forward(self, x: Samples, c_noise: PerSample, label: Labels | None = None) -> Samples:
+        """The raw output, shaped as `x`."""
+        told = nn.functional.silu(self.conditioning(c_noise, label))
+        h = self.inlet(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, told)
+        return cast(Tensor, self.outlet(h)).view_as(x)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, told: int, dropout: float) -> None:
+        super().__init__()
+        self.before = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        self.told = nn.Linear(told, width)
+        self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Linear(width, width)))
+
+    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+        return h + cast(Tensor, self.after(self.before(h) + self.told(told)))

@@ -1,0 +1,117 @@
+"""Scalings against stored numbers; the boundary condition for any weights, in any precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from cmbook.networks import MLP, ResidualMLP, UNet
+from cmbook.noise import NoiseRange, normal, seeded
+from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
+
+RANGE = NoiseRange()
+
+
+class Loud(nn.Module):
+    """A network that says the same large number everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(1e4))
+
+    def forward(self, x, c_noise, label=None):
+        return self.value.expand_as(x)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["c_skip", "c_out", "c_in"])
+@pytest.mark.parametrize(
+    ("kind", "scalings"), [("diffusion", EDMScalings()), ("consistency", ConsistencyScalings())]
+)
+@pytest.mark.parametrize(("dtype", "rtol"), [("f64", 1e-12), ("f32", 2e-6)])
+def test_scalings_equal_the_official_ones(golden, kind, scalings, name, dtype, rtol):
+    stored = golden("scalings")
+    key = f"{kind}_c_in_{dtype}" if name == "c_in" else f"{kind}_{name}_{dtype}"
+    ours = getattr(scalings, name)(stored[f"sigma_{dtype}"])
+    torch.testing.assert_close(ours, stored[key], rtol=rtol, atol=1e-300)
+
+
+@pytest.mark.parity
+def test_the_official_time_input_is_a_thousand_times_ours(golden):
+    stored = golden("scalings")
+    ours = 1000 * EDMScalings().c_noise(stored["sigma_f64"])
+    torch.testing.assert_close(ours, stored["rescaled_t_f64"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-9, 0.001, 0.002])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_boundary_holds_for_any_weights(sigma, dtype):
+    model = Preconditioned(Loud(), ConsistencyScalings())
+    x = normal(torch.empty(4, 3, dtype=dtype), seeded(0))
+    assert torch.equal(model(x, torch.full((4,), sigma)), x)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [(MLP(), (2,)), (ResidualMLP(), (1, 8, 8)), (UNet(), (1, 8, 8))],
+    ids=["mlp", "residual", "unet"],
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_boundary_holds_for_networks_under_autocast(net, shape, bf16):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        module = net.build(shape)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    model = Preconditioned(module, ConsistencyScalings())
+    x = normal(torch.empty(3, *shape), seeded(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        assert torch.equal(model(x, torch.full((3,), 0.002)), x)
+        assert not torch.allclose(model(x, torch.full((3,), 1.0)), x)
+
+
+def test_above_the_boundary_the_network_speaks():
+    model = Preconditioned(Loud(), ConsistencyScalings())
+    assert float(model(torch.zeros(1, 1), torch.tensor([0.003])).detach()) > 1
+
+
+def test_a_diffusion_model_at_sigma_zero_returns_its_input():
+    model = Preconditioned(Loud(), EDMScalings())
+    x = torch.ones(2, 3)
+    assert torch.equal(model(x, torch.zeros(2)), x)
+
+
+def test_the_dress_of_edm_fits_a_gaussian_without_a_network():
+    """For data N(0, sigma_data²) the best network says 0: D = c_skip x."""
+    from cmbook.oracle import Gaussian
+
+    x = normal(torch.empty(5, 2, dtype=torch.float64), seeded(0))
+    sigma = torch.logspace(-2, 1.5, 5, dtype=torch.float64)
+    skip = EDMScalings().c_skip(sigma)[:, None] * x
+    torch.testing.assert_close(skip, Gaussian.isotropic([0.0, 0.0], 0.5).denoiser(x, sigma))
+
+
+def test_input_and_target_of_the_network_have_unit_variance():
+    """Var(c_in x) = 1 and Var((x0 - c_skip x)/c_out) = 1 for data of variance sigma_data²."""
+    s, c = torch.logspace(-2, 1.9, 7, dtype=torch.float64), EDMScalings()
+    data = RANGE.sigma_data**2
+    torch.testing.assert_close(c.c_in(s) ** 2 * (data + s**2), torch.ones_like(s))
+    target = ((1 - c.c_skip(s)) ** 2 * data + c.c_skip(s) ** 2 * s**2) / c.c_out(s) ** 2
+    torch.testing.assert_close(target, torch.ones_like(s))
+
+
+def test_the_two_dresses_nearly_agree_far_above_the_boundary():
+    s = torch.tensor([1.0, 80.0], dtype=torch.float64)
+    for name in ("c_skip", "c_out"):
+        edm, consistency = (getattr(kind(), name)(s) for kind in (EDMScalings, ConsistencyScalings))
+        torch.testing.assert_close(edm, consistency, rtol=5e-3, atol=0)
+
+
+def test_half_precision_sigma_is_refused():
+    model = Preconditioned(Loud(), EDMScalings())
+    with pytest.raises(ValueError, match="sigma must be float32 or float64"):
+        model(torch.ones(1, 1), torch.ones(1, dtype=torch.bfloat16))
+
+
+def test_float64_sigma_does_not_promote_float32_samples():
+    model = Preconditioned(Loud(), ConsistencyScalings())
+    assert model(torch.ones(1, 1), torch.ones(1, dtype=torch.float64)).dtype == torch.float32
