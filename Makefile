@@ -15,7 +15,7 @@ demo: .venv/installed                     ## train on real digits, then draw the
 
 test: check .venv/installed-dev           ## everything that must be true
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 check: .venv/installed-dev                ## style, types, spelling: seconds
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

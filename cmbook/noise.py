@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmbook.protocols import Draws, Generator, Grid, PerSample, Samples
+from cmbook.protocols import Generator, Grid, PerSample, Samples
 from cmbook.schedules import karras_sigmas
 
 
@@ -236,30 +236,21 @@ class Replay:
 class LogNormal:
     """σ whose logarithm is normal: how EDM picks the noise levels it trains on.
 
+    Attributes:
+        mean: Of ln σ (P_mean).
+        std: Of ln σ (P_std).
+
     Source: Karras et al. (2022), Table 1 (P_mean, P_std).
     """
 
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"expected a finite mean and std > 0; got {self.mean}, {self.std}")
+
     def __call__(self, n: int, generator: Generator) -> PerSample:
         """`n` noise levels, float32, on the generator's device."""
         device: Any = getattr(generator, "device", "cpu")
         return (self.mean + self.std * normal(torch.empty(n, device=device), generator)).exp()
-
-
-__all__ = [
-    "Draws",
-    "LogNormal",
-    "NoiseRange",
-    "PerImage",
-    "Replay",
-    "add_noise",
-    "choose",
-    "expand",
-    "integers",
-    "normal",
-    "seeded",
-    "shuffled",
-    "uniform",
-]

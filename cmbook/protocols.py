@@ -77,14 +77,30 @@ Generator = torch.Generator | Draws  # what every argument called `generator` ac
 
 
 class Batch(NamedTuple):
-    """Clean samples, and their classes if they have any."""
+    """Clean samples, and their classes if they have any.
+
+    Attributes:
+        x: Samples in [-1, 1], shape `(b, ...)`.
+        label: Class numbers, int64, shape `(b,)`; or `None`.
+
+    Source: ours.
+    """
 
     x: Samples
     label: Labels | None = None
 
 
 class Pair(NamedTuple):
-    """Two points of one path, the noisier first."""
+    """Two points of one path, the noisier first.
+
+    Attributes:
+        x: The noisier point.
+        sigma: Its noise level, shape `(b,)`.
+        x_next: The cleaner point.
+        sigma_next: Its noise level.
+
+    Source: Song et al. (2023), Algorithms 2 and 3.
+    """
 
     x: Samples
     sigma: PerSample
@@ -94,20 +110,36 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """Who takes part in a training step."""
+    """Who takes part in a training step.
 
-    student: Denoiser  # θ, learns
-    target: Denoiser | None = None  # θ⁻, a frozen view or moving average of the student
-    teacher: Denoiser | None = None  # φ, a frozen diffusion model
+    Attributes:
+        student: θ, learns.
+        target: θ⁻, a frozen view or a moving average of the student; part of the algorithm.
+        teacher: φ, a frozen diffusion model.
+
+    Source: Song et al. (2023), Algorithm 2.
+    """
+
+    student: Denoiser
+    target: Denoiser | None = None
+    teacher: Denoiser | None = None
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One weighted regression, and enough to see where it hurts."""
+    """One weighted regression, and enough to see where it hurts.
 
-    value: Scalar  # what the optimizer descends
-    per_sample: PerSample  # detached
-    sigma: PerSample  # the noisier level of each sample
+    Attributes:
+        value: What the optimizer descends: the mean of `per_sample`.
+        per_sample: The loss of each sample, without gradient.
+        sigma: The noisier level of each sample.
+
+    Source: ours.
+    """
+
+    value: Scalar
+    per_sample: PerSample
+    sigma: PerSample
 
     def detach(self) -> "Loss":
         """The same numbers without the graph behind them."""
@@ -115,7 +147,14 @@ class Loss:
 
 
 class Clock(NamedTuple):
-    """Where training stands: step k of K."""
+    """Where training stands: step k of K.
+
+    Attributes:
+        step: k, from 0.
+        steps: K.
+
+    Source: Song et al. (2023), Algorithm 3.
+    """
 
     step: int
     steps: int

@@ -25,7 +25,7 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Gri
         Decreasing float64 levels whose two ends are exact. No final 0.
 
     Raises:
-        ValueError: If `n < 2`, `rho <= 0`, or the bounds are not `0 < sigma_min < sigma_max`.
+        ValueError: If `n < 2`, `rho < 0.1`, or the bounds are not `0 < sigma_min < sigma_max`.
 
     Example:
         >>> karras_sigmas(3, 1.0, 3.0, rho=1.0)
@@ -40,8 +40,8 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Gri
             f"expected 0 < sigma_min < sigma_max; got sigma_min = {sigma_min}, "
             f"sigma_max = {sigma_max}"
         )
-    if not 0 < rho < math.inf:
-        raise ValueError(f"rho must be positive; got {rho}. The paper uses 7.")
+    if not 0.1 <= rho < math.inf:  # below, the powers leave float64
+        raise ValueError(f"rho must be at least 0.1; got {rho}. The paper uses 7.")
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas: Grid = (top + ramp * (bottom - top)) ** rho
@@ -119,6 +119,10 @@ def decay_at(levels: int, start: int, start_decay: float, mu_variant: MuVariant 
 class FixedLevels:
     """The same number of levels, and the same decay, from the first step to the last.
 
+    Attributes:
+        levels: N.
+        decay: μ; 0 makes the target the student itself.
+
     Source: Song et al. (2023), §4.
     """
 
@@ -144,6 +148,12 @@ class AdaptiveLevels:
 
     Few levels teach fast and with bias, many slowly and without: so one grows into the other.
 
+    Attributes:
+        start: s0, the levels of the first step.
+        end: s1; the last step has s1 + 1 levels.
+        start_decay: μ0.
+        mu_variant: Whether μ(k) follows the paper or the released code; see `decay_at`.
+
     Source: Song et al. (2023), §5 and App. C; the values are those of CIFAR-10.
     """
 
@@ -168,6 +178,10 @@ class AdaptiveLevels:
 @dataclass(frozen=True)
 class DoublingLevels:
     """Levels that double at even intervals, from `start + 1` to `end + 1`; no moving target.
+
+    Attributes:
+        start: s0, the intervals of the first stage.
+        end: s1, the intervals of the last.
 
     Source: Song and Dhariwal (2023, iCT), eq. for N(k); μ = 0 as argued there.
     """

@@ -116,3 +116,9 @@ def test_normal_numbers_are_normal(generator):
     drawn = normal(torch.empty(100_000, dtype=torch.float64), generator)
     assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-3
     assert math.isfinite(float(drawn.sum()))
+
+
+@pytest.mark.parametrize("bad", [(0.0, 0.0), (0.0, -1.0), (math.nan, 1.0)])
+def test_an_impossible_law_of_noise_levels_is_refused(bad):
+    with pytest.raises(ValueError, match="finite mean and std > 0"):
+        LogNormal(*bad)

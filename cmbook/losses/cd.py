@@ -22,7 +22,8 @@ class ConsistencyDistillation:
     Attributes:
         noise_range: The range of noise levels.
         levels: N, the number of levels of the grid (N - 1 intervals).
-        solver: The step Φ from x_{n+1} to x̂_n; two teacher evaluations for Heun, one for Euler.
+        solver: The step Φ from $x_{n+1}$ to $\hat x_n$: two teacher evaluations for Heun, one
+            for Euler.
         distance: d.
         weight: λ; the paper's is uniform.
         decay: μ of the target θ⁻; 0 makes the target the student without gradient.

@@ -88,7 +88,7 @@ class Dropout:
     The global random state is left as it was found. Under `Replay` nothing is drawn, and a
     network that drops out is refused, since recorded draws hold no masks.
 
-    Note: the official code saves the CPU's random state only, so on a GPU its masks differ.
+    Note: The official code saves the CPU's random state only, so on a GPU its masks differ.
 
     Source: Song et al. (2023), released code, by its intent.
     """

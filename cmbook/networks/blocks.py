@@ -70,6 +70,31 @@ class Conditioning(nn.Module):
         return label
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes of a network that are not at least 1.
+
+    Raises:
+        ValueError: Naming the first.
+
+    Source: ours.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+
+
+def check_dropout(rate: float) -> None:
+    """Refuse a rate that is not in [0, 1).
+
+    Raises:
+        ValueError: Saying so.
+
+    Source: ours.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must lie in [0, 1); got {rate}")
+
+
 def zeroed(layer: nn.Module) -> nn.Module:
     """The layer with weights and bias 0: a block that starts as the identity.
 

@@ -6,13 +6,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from cmbook.networks.blocks import Conditioning, zeroed
+from cmbook.networks.blocks import Conditioning, check_dropout, check_sizes, zeroed
 from cmbook.protocols import Labels, PerSample, Samples
 
 
 @dataclass(frozen=True)
 class MLP:
     """A few wide layers; σ and the class are added before each.
+
+    Attributes:
+        width: Of every hidden layer.
+        depth: Hidden layers.
 
     Example:
         >>> net = MLP(width=64, depth=3).build((2,))
@@ -22,6 +26,9 @@ class MLP:
 
     width: int = 128
     depth: int = 4
+
+    def __post_init__(self) -> None:
+        check_sizes(width=self.width, depth=self.depth)
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for samples of `shape`."""
@@ -58,13 +65,17 @@ class ResidualMLP:
         told: Width of the vector that tells σ and the class.
         dropout: Inside each block.
 
-    Source: He et al. (2016), pre-activation blocks.
+    Source: He et al. (2016), pre-activation blocks; Perez et al. (2018), scale and shift.
     """
 
-    width: int = 512
-    depth: int = 3
+    width: int = 384
+    depth: int = 4
     told: int = 128
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sizes(width=self.width, depth=self.depth, told=self.told)
+        check_dropout(self.dropout)
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for samples of `shape`."""
@@ -94,11 +105,16 @@ class ResidualMLPModule(nn.Module):
 
 
 class _Block(nn.Module):
+    """Two layers, whose input is scaled and shifted by what the network is told."""
+
     def __init__(self, width: int, told: int, dropout: float) -> None:
         super().__init__()
-        self.before = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
-        self.told = nn.Linear(told, width)
-        self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Linear(width, width)))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.told = nn.Linear(told, 2 * width)
+        self.layers = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Linear(width, width))
+        )
 
     def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        return h + cast(Tensor, self.after(self.before(h) + self.told(told)))
+        scale, shift = self.told(told).chunk(2, 1)
+        return h + cast(Tensor, self.layers(self.norm(h) * (1 + scale) + shift))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmbook.networks.blocks import Conditioning, zeroed
+from cmbook.networks.blocks import Conditioning, check_dropout, check_sizes, zeroed
 from cmbook.protocols import Labels, PerSample, Samples
 
 
@@ -36,6 +36,14 @@ class UNet:
     attention: tuple[int, ...] = (8,)
     heads: int = 4
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads)
+        check_dropout(self.dropout)
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(
+                f"multipliers must be 1 or more, one a resolution; got {self.multipliers}"
+            )
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for images of `shape` (channels, height, width).
@@ -151,7 +159,7 @@ class _GroupNorm(nn.GroupNorm):
     """Group normalization in float32, whatever the weights: half precision loses the mean."""
 
     def __init__(self, channels: int) -> None:
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
+        groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4), 1)
         super().__init__(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:

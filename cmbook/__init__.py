@@ -1,0 +1,225 @@
+"""cmbook: consistency models, to learn, to check, to train and to extend.
+
+The names below stand in reading order: read their modules in this order and you read the paper.
+They are imported when first used, so `import cmbook` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cmbook.data import (
+        Digits as Digits,
+    )
+    from cmbook.data import (
+        TensorData as TensorData,
+    )
+    from cmbook.data import (
+        Toy as Toy,
+    )
+    from cmbook.distances import (
+        L1 as L1,
+    )
+    from cmbook.distances import (
+        L2 as L2,
+    )
+    from cmbook.distances import (
+        LInf as LInf,
+    )
+    from cmbook.distances import (
+        Norm as Norm,
+    )
+    from cmbook.distances import (
+        PseudoHuber as PseudoHuber,
+    )
+    from cmbook.evaluation import (
+        frechet_distance as frechet_distance,
+    )
+    from cmbook.evaluation import (
+        nearest_distance as nearest_distance,
+    )
+    from cmbook.evaluation import (
+        precision_recall as precision_recall,
+    )
+    from cmbook.experiment import (
+        Experiment as Experiment,
+    )
+    from cmbook.losses import (
+        EDM as EDM,
+    )
+    from cmbook.losses import (
+        ConsistencyDistillation as ConsistencyDistillation,
+    )
+    from cmbook.losses import (
+        ConsistencyTraining as ConsistencyTraining,
+    )
+    from cmbook.networks import (
+        MLP as MLP,
+    )
+    from cmbook.networks import (
+        ResidualMLP as ResidualMLP,
+    )
+    from cmbook.networks import (
+        UNet as UNet,
+    )
+    from cmbook.noise import (
+        LogNormal as LogNormal,
+    )
+    from cmbook.noise import (
+        NoiseRange as NoiseRange,
+    )
+    from cmbook.noise import (
+        PerImage as PerImage,
+    )
+    from cmbook.noise import (
+        Replay as Replay,
+    )
+    from cmbook.noise import (
+        add_noise as add_noise,
+    )
+    from cmbook.noise import (
+        normal as normal,
+    )
+    from cmbook.noise import (
+        seeded as seeded,
+    )
+    from cmbook.ode import (
+        Counted as Counted,
+    )
+    from cmbook.ode import (
+        euler_step as euler_step,
+    )
+    from cmbook.ode import (
+        heun_step as heun_step,
+    )
+    from cmbook.ode import (
+        solve as solve,
+    )
+    from cmbook.ode import (
+        trace as trace,
+    )
+    from cmbook.ode import (
+        velocity as velocity,
+    )
+    from cmbook.oracle import (
+        Gaussian as Gaussian,
+    )
+    from cmbook.oracle import (
+        GaussianMixture as GaussianMixture,
+    )
+    from cmbook.oracle import (
+        World as World,
+    )
+    from cmbook.parameterization import (
+        ConsistencyScalings as ConsistencyScalings,
+    )
+    from cmbook.parameterization import (
+        EDMScalings as EDMScalings,
+    )
+    from cmbook.parameterization import (
+        Preconditioned as Preconditioned,
+    )
+    from cmbook.protocols import (
+        Batch as Batch,
+    )
+    from cmbook.protocols import (
+        Clock as Clock,
+    )
+    from cmbook.protocols import (
+        Denoiser as Denoiser,
+    )
+    from cmbook.protocols import (
+        Distance as Distance,
+    )
+    from cmbook.protocols import (
+        FlowMap as FlowMap,
+    )
+    from cmbook.protocols import (
+        Loss as Loss,
+    )
+    from cmbook.protocols import (
+        Models as Models,
+    )
+    from cmbook.protocols import (
+        Objective as Objective,
+    )
+    from cmbook.protocols import (
+        Pair as Pair,
+    )
+    from cmbook.runs import (
+        load as load,
+    )
+    from cmbook.runs import (
+        run as run,
+    )
+    from cmbook.samplers import (
+        multistep as multistep,
+    )
+    from cmbook.samplers import (
+        ode_sample as ode_sample,
+    )
+    from cmbook.samplers import (
+        one_step as one_step,
+    )
+    from cmbook.samplers import (
+        prior as prior,
+    )
+    from cmbook.schedules import (
+        AdaptiveLevels as AdaptiveLevels,
+    )
+    from cmbook.schedules import (
+        DoublingLevels as DoublingLevels,
+    )
+    from cmbook.schedules import (
+        FixedLevels as FixedLevels,
+    )
+    from cmbook.schedules import (
+        karras_sigmas as karras_sigmas,
+    )
+    from cmbook.training import (
+        blend as blend,
+    )
+    from cmbook.training import (
+        distilled as distilled,
+    )
+    from cmbook.training import (
+        train as train,
+    )
+
+_NAMES = {
+    # floor 0 · mathematics
+    "cmbook.protocols": "Batch Clock Denoiser Distance FlowMap Loss Models Objective Pair",
+    "cmbook.noise": "LogNormal NoiseRange PerImage Replay add_noise normal seeded",
+    "cmbook.schedules": "AdaptiveLevels DoublingLevels FixedLevels karras_sigmas",
+    "cmbook.ode": "Counted euler_step heun_step solve trace velocity",
+    "cmbook.distances": "L1 L2 LInf Norm PseudoHuber",
+    "cmbook.oracle": "Gaussian GaussianMixture World",
+    # floor 1 · models
+    "cmbook.parameterization": "ConsistencyScalings EDMScalings Preconditioned",
+    "cmbook.networks": "MLP ResidualMLP UNet",
+    # floor 2 · algorithms
+    "cmbook.losses": "EDM ConsistencyDistillation ConsistencyTraining",
+    "cmbook.samplers": "multistep ode_sample one_step prior",
+    # floor 3 · workshop
+    "cmbook.data": "Digits TensorData Toy",
+    "cmbook.training": "blend distilled train",
+    "cmbook.evaluation": "frechet_distance nearest_distance precision_recall",
+    # floor 4 · doors and windows
+    "cmbook.experiment": "Experiment",
+    "cmbook.runs": "load run",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'cmbook' has no name {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,225 @@
+"""The command line: cmbook demo | train | sample | configs."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train three models on handwritten digits and draw digits in one step. Start here.
+
+    Takes a few minutes on a laptop. Writes demo.png and report.json into the folder --out.
+    Call it again after an interruption, and it goes on where it stopped.
+    """
+
+    out: Path = Path("runs/demo")
+    """Folder for the picture, the report and the three runs."""
+    seed: int = 0
+    """Of weights, data order and noise."""
+    overwrite: bool = False
+    """Start from nothing, even if the folder holds finished runs."""
+    set: tuple[str, ...] = ()
+    """Settings for all three recipes, such as training.steps=100."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook.demo import demo, table
+
+        rows = demo(self.out, self.seed, self.overwrite, self.set)
+        print(f"\n{table(rows)}\n\nThe picture: {self.out / 'demo.png'}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Carry out a recipe: one that comes with cmbook, or a TOML file of your own.
+
+    For example:  cmbook train digits/edm
+                  cmbook train digits/cd objective.levels=40 training.steps=500 --out runs/short
+
+    Ctrl-C stops after the current step with a checkpoint; --resume goes on from there.
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """A name from `cmbook configs`, or the path of a .toml file."""
+    settings: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Settings to replace, as key=value."""
+    out: Path | None = None
+    """Folder of the run; by default runs/NAME."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+    overwrite: bool = False
+    """Replace the run in that folder."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook import experiment, runs
+
+        recipe = experiment.loads(experiment.recipe_text(self.recipe), self.settings)
+        name = self.recipe if not self.recipe.endswith(".toml") else Path(self.recipe).stem
+        folder = self.out or Path("runs") / name
+        try:
+            done = runs.run(
+                recipe,
+                folder,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                device=_device(self.device),
+            )
+        except runs.Interrupted as stop:
+            raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
+        print(f"{folder} is done: {done.step} steps. Draw from it: cmbook sample {folder}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a run, as a picture or as numbers.
+
+    For example:  cmbook sample runs/digits/cd --n 100 --label 7 --out sevens.png
+
+    An image depends on its seed alone, not on how many are drawn with it.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of one of its checkpoints."""
+    n: int = 100
+    """How many."""
+    steps: int | None = None
+    """Consistency model: evaluations (default 1). Diffusion model: levels of the grid."""
+    label: int | None = None
+    """The class; by default all classes in turn."""
+    seed: int = 0
+    """Of the first sample; the next has seed + 1."""
+    out: Path = Path("samples.png")
+    """A .png picture, or .npz with arr_0 (samples) and arr_1 (labels)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        import torch
+
+        from cmbook import data, runs
+        from cmbook.noise import PerImage
+
+        if self.n < 1:
+            raise ValueError(f"--n must be at least 1; got {self.n}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must lie in 0 ... {2**32 - 1}; got {self.seed}")
+        if self.out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out must end in .png or .npz; got {self.out}")
+        if self.out.is_dir():
+            raise ValueError(f"{self.out} is a folder; --out names a file")
+        loaded = runs.load(self.run, _device(self.device))
+        classes, label = loaded.record["classes"], None
+        if self.label is not None and not classes:
+            raise ValueError(f"{self.run} has no classes; leave out --label")
+        if classes:
+            label = torch.arange(self.n) % classes
+            label = label if self.label is None else torch.full_like(label, self.label)
+            data.check_labels(label, self.n, classes)
+            label = label.to(_device(self.device))
+        draws = PerImage(range(self.seed, self.seed + self.n))
+        samples = loaded.sample(self.n, label, steps=self.steps, generator=draws)
+        _save(samples.cpu(), None if label is None else label.cpu(), self.out)
+        print(f"{self.n} samples: {self.out}")
+
+
+@dataclass(frozen=True)
+class Configs:
+    """List the recipes that come with cmbook, or print one."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """The recipe to print."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook import experiment
+
+        if self.name is not None:
+            print(experiment.recipe_text(self.name), end="")
+            return
+        for name in experiment.recipes():
+            first = experiment.recipe_text(name).splitlines()[0].lstrip("# ")
+            print(f"{name:20} {first}")
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Configs, tyro.conf.subcommand("configs")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Consistency models, to learn, to check, to train and to extend."""
+    command = tyro.cli(
+        Command,
+        prog="cmbook",
+        description=main.__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+    )
+    try:
+        command()
+    except OSError as error:
+        _stop(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except ValueError as error:
+        _stop(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        _stop("not enough memory; ask for a smaller batch or network, fewer levels or samples")
+    except KeyboardInterrupt as stop:
+        _stop(str(stop) or "stopped", 130)
+
+
+def _stop(message: str, code: int = 1) -> NoReturn:
+    print(f"\ncmbook: {message}" if code == 130 else f"cmbook: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here: {str(error).split('. ')[0]}") from error
+    return name
+
+
+def _save(samples: "object", label: "object", out: Path) -> None:
+    """Write samples as a picture or as numbers; an older file is replaced only by a whole one."""
+    import numpy as np
+    import torch
+
+    from cmbook import plotting
+
+    assert isinstance(samples, torch.Tensor)
+    is_images = samples.ndim == 4
+    if out.suffix == ".npz":
+        values = samples
+        if is_images:
+            values = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        arrays = [values.numpy()] + ([label.numpy()] if isinstance(label, torch.Tensor) else [])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = out.with_name(f".unfinished-{out.name}")
+        with unfinished.open("wb") as file:
+            np.savez(file, *arrays)
+        unfinished.replace(out)
+        return
+    with plotting.book_style():
+        plotting.save(plotting.sheet(samples), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Checkpoints: a folder of weights, recipe and state that is whole or not there at all.
+
+    step-00001000/
+        average.safetensors     the moving average: sample from this
+        student.safetensors     the weights that learn
+        target.safetensors      θ⁻, where the method has one
+        state.pt                the optimizer and the step
+        experiment.toml         the recipe
+        manifest.json           the SHA-256 of every file above
+
+A checkpoint is written under another name, flushed to disk and then renamed: whatever kills
+the process, the last complete checkpoint is untouched.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cmbook.training import State
+
+Weights = dict[str, Tensor]
+ALWAYS = {"average.safetensors", "student.safetensors", "state.pt", "experiment.toml"}
+
+
+def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
+    """Write `folder/step-XXXXXXXX`; afterwards delete all but the newest `keep` checkpoints.
+
+    Args:
+        folder: Where the checkpoints of a run lie; made if missing.
+        state: What training changes.
+        recipe: The TOML text that the run was made from.
+        keep: How many checkpoints stay.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        OSError: If it cannot be written. Earlier checkpoints are then still there.
+
+    Source: ours.
+    """
+    path = folder / f"step-{state.step:08d}"
+    if path in checkpoints(folder):
+        return path
+    for rest in [*folder.glob(path.name), *folder.glob(".unfinished-*")]:
+        shutil.rmtree(rest)
+    unfinished = folder / f".unfinished-{path.name}"
+    unfinished.mkdir(parents=True)
+    models = {"average": state.average, "student": state.student, "target": state.target}
+    for name, model in models.items():
+        if model is not None:
+            save_file(_weights(model), unfinished / f"{name}.safetensors")
+    torch.save(
+        {"step": state.step, "optimizer": state.optimizer.state_dict()}, unfinished / "state.pt"
+    )
+    (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
+    sums = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
+    (unfinished / "manifest.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    for file in unfinished.iterdir():
+        _flush(file)
+    _flush(unfinished)
+    unfinished.rename(path)
+    _flush(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old.rename(folder / f".unfinished-{old.name}"))
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first.
+
+    Source: ours.
+    """
+    return sorted(
+        path for path in folder.glob("step-" + 8 * "[0-9]") if (path / "manifest.json").is_file()
+    )
+
+
+def verify(path: Path) -> None:
+    """Refuse a checkpoint whose files are not what was written.
+
+    Raises:
+        ValueError: Naming the file that is missing, cut short or changed.
+
+    Source: ours.
+    """
+    instead = f"Delete {path} to use the checkpoint before it"
+    try:
+        sums = dict(json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}/manifest.json cannot be read. {instead}") from error
+    for name in sorted({*sums, *ALWAYS}):
+        file = path / Path(name).name
+        if name not in sums or not file.is_file():
+            raise ValueError(f"checkpoint {path} has lost {name}. {instead}")
+        if _sha256(file) != sums[name]:
+            raise ValueError(
+                f"{file} is not what was saved (its checksum differs): it was cut short or "
+                f"edited. {instead}"
+            )
+
+
+def read_weights(path: Path, name: str) -> Weights:
+    """The tensors of `average`, `student` or `target`, of a verified checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint holds no such weights, or they cannot be read.
+
+    Source: ours.
+    """
+    file = path / f"{name}.safetensors"
+    if not file.is_file():
+        raise ValueError(f"checkpoint {path} holds no {name} weights")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def restore(path: Path, state: State) -> None:
+    """Bring a state to where a checkpoint left it.
+
+    Raises:
+        ValueError: If the checkpoint is not whole, or is of another network.
+
+    Source: ours.
+    """
+    verify(path)
+    models = {"average": state.average, "student": state.student, "target": state.target}
+    for name, model in models.items():
+        if model is not None:
+            fill(model, read_weights(path, name), path)
+    try:
+        saved: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state.optimizer.load_state_dict(saved["optimizer"])
+        state.step = int(saved["step"])
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path}/state.pt does not fit this optimizer: {error!r}") from error
+
+
+def fill(model: nn.Module, weights: Weights, origin: Path) -> None:
+    """Put weights into a model, all of them or none.
+
+    Raises:
+        ValueError: If names or shapes are not those of the model.
+
+    Source: ours.
+    """
+    ours = model.state_dict()
+    for name in [*ours, *weights]:
+        shapes = [list(w[name].shape) if name in w else "missing" for w in (ours, weights)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{origin} does not fit this network: {name} is {shapes[1]} in the file and "
+                f"{shapes[0]} in the network"
+            )
+    model.load_state_dict(weights)
+
+
+def _weights(model: nn.Module) -> Weights:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    if os.name == "nt":  # there, what is open for reading cannot be flushed
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

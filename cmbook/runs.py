@@ -1,0 +1,462 @@
+"""A run: a recipe carried out in a folder, with checkpoints, a log, Ctrl-C and resume.
+
+This stands on floor 4, not 3: it reads recipes, and `experiment` lives here.
+
+    runs/digits/cd/
+        experiment.toml     the recipe, and a record of seed, versions, threads and data
+        log.csv             step, loss, seconds
+        checkpoints/        the last two
+"""
+
+import csv
+import math
+import platform
+import shutil
+import signal
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import nn
+
+import cmbook
+from cmbook import checkpoints, experiment
+from cmbook.data import Data
+from cmbook.experiment import Experiment
+from cmbook.networks import Network
+from cmbook.noise import seeded
+from cmbook.parameterization import ConsistencyScalings, Preconditioned
+from cmbook.protocols import Batch, Generator, Labels, Samples
+from cmbook.samplers import multistep, ode_sample, prior
+from cmbook.training import State, distilled, train
+
+LOG_EVERY = 50
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by the user after its checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run, loaded.
+
+    Attributes:
+        folder: Where it lies.
+        recipe: What it was made from.
+        record: Seed, versions, threads, data: how it was made.
+        model: The moving average, in eval mode.
+        step: Steps taken.
+        seconds: Seconds of training.
+    """
+
+    folder: Path
+    recipe: Experiment
+    record: dict[str, Any]
+    model: Preconditioned = field(repr=False)
+    step: int
+    seconds: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step >= self.recipe.training.steps
+
+    def sample(
+        self, n: int, label: Labels | None = None, *, steps: int | None = None, generator: Generator
+    ) -> Samples:
+        """`n` samples, by the recipe's `[sampling]` table.
+
+        Args:
+            n: How many.
+            label: Classes, if the model has them.
+            steps: Of a consistency model: evaluations. Of a diffusion model: levels.
+            generator: Draws all noise.
+
+        Raises:
+            ValueError: If more steps are asked for than the recipe has noise levels.
+        """
+        knobs, noise_range = self.recipe.sampling, self.recipe.noise_range
+        device = next(self.model.parameters()).device
+        x = prior(torch.empty(n, *self.record["shape"], device=device), noise_range, generator)
+        if not isinstance(self.recipe.scalings, ConsistencyScalings):
+            levels = knobs.levels if steps is None else steps
+            return ode_sample(self.model, x, noise_range, label, levels=levels, solver=knobs.solver)
+        steps = 1 if steps is None else steps
+        if not 1 <= steps <= len(knobs.sigmas):
+            raise ValueError(
+                f"this recipe names {len(knobs.sigmas)} noise levels, sampling.sigmas = "
+                f"{list(knobs.sigmas)}; {steps} steps were asked for"
+            )
+        sigmas = torch.tensor(knobs.sigmas[:steps], dtype=torch.float64)
+        return multistep(self.model, x, sigmas, label, noise_range=noise_range, generator=generator)
+
+
+def run(
+    recipe: Experiment,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Run:
+    """Carry out a recipe in a folder.
+
+    Args:
+        recipe: What to do.
+        folder: Where; made if missing.
+        resume: Go on from the last checkpoint. The end is bit for bit that of a run that was
+            never interrupted (float32 on CPU, same number of threads).
+        overwrite: Replace a run that is already there.
+        device: Where to train.
+        progress: Show a bar with loss and steps per second.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: If the folder holds a run and neither `resume` nor `overwrite` is given, the
+            recipe to resume is another, or the teacher is missing.
+        Interrupted: After Ctrl-C, once a checkpoint is on disk.
+
+    Source: ours.
+    """
+    folder, recipe = Path(folder), complete(recipe)
+    data = recipe.data.build()
+    teacher = _teacher(recipe, data)
+    student = _student(recipe, data, teacher).to(device)
+    state = State.begin(student, recipe.training.optimizer.build(student), recipe.objective)
+    saved = folder / "checkpoints"
+    _claim(folder, recipe, data, resume, overwrite)
+    if resume and checkpoints.checkpoints(saved):
+        checkpoints.restore(checkpoints.checkpoints(saved)[-1], state)
+    if state.step == recipe.training.steps:  # nothing is left to do, nor to record
+        return load(folder, device)
+    text = _record(folder, recipe, data, device)
+    if teacher is not None:
+        teacher.to(device)
+
+    batches = data.batches(recipe.training.batch_size, recipe.seed, start=state.step)
+    steps = train(
+        student,
+        (_moved(batch, device) for batch in batches),
+        recipe.objective,
+        steps=recipe.training.steps,
+        optimizer=state.optimizer,
+        teacher=teacher,
+        average_decay=recipe.training.average_decay,
+        learning_rate=recipe.training.learning_rate,
+        precision=recipe.training.precision,
+        seed=recipe.seed,
+        state=state,
+    )
+    log = _Log(folder / "log.csv", state.step)
+    with _bar(recipe, folder, state.step, progress) as bar, _patient_ctrl_c() as stopped:
+        for step in steps:
+            log.add(step.loss.value)
+            last, stop = state.step == recipe.training.steps, stopped.is_set()
+            save = state.step % recipe.training.save_every == 0 or last or stop
+            if state.step % LOG_EVERY == 0 or save:
+                loss = log.write(state.step)
+                bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+                _check_finite(loss, student, state.step, folder)
+            bar.update()
+            if save:
+                checkpoints.save(saved, state, text)
+            if stop and not last:
+                taken = f"step {state.step} of {recipe.training.steps}"
+                raise Interrupted(f"stopped after {taken}; the checkpoint is in {folder}")
+    return load(folder, device)
+
+
+def load(folder: Path | str, device: str = "cpu") -> Run:
+    """Load the last checkpoint of a run, or the checkpoint at this very path.
+
+    Raises:
+        ValueError: If there is no run, naming the command that makes it, or its checkpoint is
+            damaged.
+
+    Source: ours.
+    """
+    folder = Path(folder)
+    if (folder / "manifest.json").is_file():
+        path, folder = folder, folder.resolve().parent.parent
+    else:
+        found = checkpoints.checkpoints(folder / "checkpoints")
+        if not found:
+            again = " --resume" if (folder / "experiment.toml").is_file() else ""
+            raise ValueError(
+                f"there is no run with a checkpoint in {folder}; make it first: "
+                f"{_command(folder)}{again}"
+            )
+        path = found[-1]
+    checkpoints.verify(path)
+    step = path.resolve().name.removeprefix("step-")
+    if not step.isdigit():
+        raise ValueError(f"{path} was renamed; a checkpoint is called step-XXXXXXXX, by its step")
+    recipe, record = _recorded(path / "experiment.toml")
+    assert recipe.network is not None  # `complete` has filled it in
+    shape, classes = tuple(record["shape"]), record["classes"] or None
+    net = _initialized(recipe.network, shape, classes, recipe.seed)
+    model = Preconditioned(net, recipe.scalings)
+    checkpoints.fill(model, checkpoints.read_weights(path, "average"), path)
+    model.eval().requires_grad_(False).to(device)
+    seconds = _Log(folder / "log.csv", None).seconds
+    return Run(folder, recipe, record, model, int(step), seconds)
+
+
+def complete(recipe: Experiment) -> Experiment:
+    """The recipe with the network filled in: where it names none, the teacher's.
+
+    Raises:
+        ValueError: If the teacher is missing, or recipe and teacher name different networks.
+
+    Source: ours.
+    """
+    if recipe.teacher is None:
+        return recipe
+    theirs = load(recipe.teacher).recipe
+    if recipe.network not in (None, theirs.network):
+        raise ValueError(
+            f"the student starts as a copy of the teacher's {theirs.network}; the recipe asks for "
+            f"{recipe.network}. Leave out [network]"
+        )
+    return replace(recipe, network=theirs.network)
+
+
+def _teacher(recipe: Experiment, data: Data) -> Preconditioned | None:
+    if recipe.teacher is None:
+        return None
+    theirs = load(recipe.teacher)
+    if isinstance(theirs.recipe.scalings, ConsistencyScalings):
+        raise ValueError(
+            f"the teacher {recipe.teacher} is a consistency model; a teacher is a diffusion "
+            "model, such as cmbook train digits/edm makes"
+        )
+    if (theirs.record["shape"], theirs.record["classes"]) != (list(data.shape), data.classes or 0):
+        raise ValueError(
+            f"the teacher {recipe.teacher} was made for samples of shape "
+            f"{theirs.record['shape']} and {theirs.record['classes']} classes; this recipe's data "
+            f"has {list(data.shape)} and {data.classes or 0}"
+        )
+    if theirs.recipe.noise_range.sigma_data != recipe.noise_range.sigma_data:
+        raise ValueError(
+            f"the teacher has sigma_data {theirs.recipe.noise_range.sigma_data}, this recipe "
+            f"{recipe.noise_range.sigma_data}; they must agree"
+        )
+    return theirs.model
+
+
+def _student(recipe: Experiment, data: Data, teacher: Preconditioned | None) -> Preconditioned:
+    if teacher is not None:
+        return distilled(teacher, recipe.scalings)
+    assert recipe.network is not None  # Experiment has checked it
+    return Preconditioned(
+        _initialized(recipe.network, data.shape, data.classes, recipe.seed), recipe.scalings
+    )
+
+
+def _initialized(
+    network: Network, shape: tuple[int, ...], classes: int | None, seed: int
+) -> nn.Module:
+    """A network whose first weights are a function of the seed; global randomness is untouched."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seeded(seed, "weights").initial_seed())
+        try:
+            net = network.build(shape, classes)
+            label = torch.zeros(1, dtype=torch.int64) if classes else None
+            with torch.no_grad():  # sizes that do not fit show here, not after the folder is made
+                net(torch.zeros(1, *shape), torch.zeros(1), label)
+            return net
+        except (RuntimeError, ArithmeticError, StopIteration) as error:
+            raise ValueError(f"{network} cannot be built. {error!s}".splitlines()[0]) from error
+
+
+def _claim(folder: Path, recipe: Experiment, data: Data, resume: bool, overwrite: bool) -> None:
+    """Make sure that no run is lost by writing into this folder."""
+    there, saved = folder / "experiment.toml", folder / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; --out names the folder of a run")
+    if recipe.teacher is not None and folder.resolve() == Path(recipe.teacher).resolve():
+        raise ValueError(f"{folder} holds the teacher of this run; --out names another folder")
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it; choose one")
+    if resume:
+        _check_same(folder, there, recipe, data)
+    elif overwrite:
+        for path in (saved, folder / "log.csv", there):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif there.exists() or saved.exists():
+        raise ValueError(
+            f"{folder} already holds a run; --resume goes on with it, --overwrite replaces it, "
+            "--out names another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_same(folder: Path, there: Path, recipe: Experiment, data: Data) -> None:
+    """Refuse to go on with a run that was made from another recipe or other data."""
+    if not there.is_file():
+        raise ValueError(f"there is no run to resume in {folder}; leave out --resume")
+    before, record = _recorded(there)
+    old, new = (e.teacher and Path(e.teacher).resolve() for e in (before, recipe))
+    if old == new:
+        before = replace(before, teacher=recipe.teacher)  # one folder may have two names
+    if before != recipe:
+        raise ValueError(
+            f"the recipe of {folder} is another one than this: {_difference(before, recipe)}. "
+            "Resume with the settings it was started with, or choose another --out"
+        )
+    if record["data_sha256"] != data.sha256():
+        raise ValueError(f"{folder} was made from other data than this; choose another --out")
+
+
+def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
+    """The recipe and the record of an experiment.toml."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = experiment.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    record = tomllib.loads(text).get("record", {})
+    match record:
+        case {"shape": [*sides], "classes": int(), "data_sha256": str()} if recipe.network:
+            if all(type(side) is int for side in sides):
+                return recipe, record
+    raise ValueError(f"{path} holds no [record] of shape, classes and data: was it edited?")
+
+
+def _difference(before: Experiment, after: Experiment) -> str:
+    old, new = (_flat(tomllib.loads(experiment.dumps(e))) for e in (before, after))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _record(folder: Path, recipe: Experiment, data: Data, device: str) -> str:
+    """Write experiment.toml: the recipe, and what else the numbers depend on."""
+    record = {
+        "seed": recipe.seed,
+        "shape": list(data.shape),
+        "classes": data.classes or 0,
+        "data_sha256": data.sha256(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "cmbook": cmbook.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    path = folder / "experiment.toml"
+    unfinished = path.with_suffix(".unfinished")
+    text = f"{experiment.dumps(recipe)}\n{tomli_w.dumps({'record': record})}"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+    return text
+
+
+def _command(folder: Path) -> str:
+    """The command that makes the run in this folder."""
+    name = "/".join(folder.parts[-2:])
+    if name in experiment.recipes():
+        plain = folder == Path("runs") / name
+        return f"cmbook train {name}" + ("" if plain else f" --out {folder}")
+    return f"cmbook train RECIPE --out {folder}"
+
+
+def _moved(batch: Batch, device: str) -> Batch:
+    return Batch(batch.x.to(device), None if batch.label is None else batch.label.to(device))
+
+
+def _check_finite(loss: float, student: nn.Module, step: int, folder: Path) -> None:
+    """Before each save: what has diverged must not replace a good checkpoint."""
+    what = "loss" if not math.isfinite(loss) else "student"
+    if what == "loss" or not all(bool(p.isfinite().all()) for p in student.parameters()):
+        raise ValueError(
+            f"training has diverged: at step {step} the {what} is no longer finite. Earlier "
+            f"checkpoints in {folder} are still good; a smaller training.optimizer.lr may help"
+        )
+
+
+class _Log:
+    """log.csv: the mean loss since the last row, and the seconds of training so far."""
+
+    def __init__(self, path: Path, step: int | None) -> None:
+        self.path = path
+        self.losses: list[torch.Tensor] = []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        rows = [row for row in csv.reader(text.splitlines()[1:]) if _is_whole(row)]
+        if step is not None:  # what came after the checkpoint is written again
+            rows = [row for row in rows if int(row[0]) <= step]
+            path.write_text("".join(f"{','.join(r)}\n" for r in [_HEAD, *rows]), encoding="utf-8")
+        self.seconds = float(rows[-1][2]) if rows else 0.0
+        self.started = time.perf_counter() - self.seconds
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss)
+
+    def write(self, step: int) -> float:
+        loss = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        self.seconds = time.perf_counter() - self.started
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{step},{loss:.8g},{self.seconds:.3f}\n")
+        return loss
+
+
+_HEAD = ["step", "loss", "seconds"]
+
+
+def _is_whole(row: list[str]) -> bool:
+    """Whether a row of log.csv is one: a kill may have cut it."""
+    return len(row) == 3 and row[0].isdecimal() and row[2].replace(".", "", 1).isdecimal()
+
+
+def _bar(recipe: Experiment, folder: Path, done: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=recipe.training.steps,
+        initial=done,
+        desc=str(folder),
+        unit="step",
+        disable=not progress,
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
+
+
+@contextmanager
+def _patient_ctrl_c() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop after this step; the second stops at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def ask(number: int, frame: object) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,258 @@
+"""Training in one screen: an iterator that takes one step at a time.
+
+The caller logs, plots, saves or stops; `runs.py` is one such caller.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cmbook.noise import NoiseRange, seeded
+from cmbook.parameterization import Preconditioned, Scalings
+from cmbook.protocols import (
+    Batch,
+    Clock,
+    Denoiser,
+    Labels,
+    Loss,
+    Models,
+    Objective,
+    PerSample,
+    Samples,
+)
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass
+class State:
+    """Everything that training changes; a checkpoint is this, saved.
+
+    Attributes:
+        student: θ, learns.
+        target: θ⁻, part of the algorithm, decay μ(k); `None` if it is the student itself.
+        average: The moving average for sampling.
+        optimizer: Of the student's parameters.
+        step: The number of steps taken.
+    """
+
+    student: Preconditioned
+    optimizer: torch.optim.Optimizer
+    average: Preconditioned
+    target: Preconditioned | None = None
+    step: int = 0
+
+    @classmethod
+    def begin(
+        cls, student: Preconditioned, optimizer: torch.optim.Optimizer, objective: Objective
+    ) -> "State":
+        """Before the first step: target and average are copies of the student."""
+        follows = objective.target_decay(Clock(0, 1)) > 0
+        target = frozen_copy(student).train() if follows else None
+        return cls(student, optimizer, frozen_copy(student).eval(), target)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `train` yields after each step; valid until the next."""
+
+    clock: Clock
+    loss: Loss
+    state: State = field(repr=False)
+
+    @property
+    def average(self) -> Preconditioned:
+        """The model to sample from."""
+        return self.state.average
+
+
+def train(
+    student: Preconditioned,
+    batches: Iterator[Batch],
+    objective: Objective,
+    *,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    teacher: Denoiser | None = None,
+    average_decay: float = 0.9999,
+    learning_rate: "LearningRate | None" = None,
+    precision: Precision = "float32",
+    seed: int = 0,
+    state: State | None = None,
+) -> Iterator[Step]:
+    """Train, yielding after every step.
+
+    Step k draws from a generator that is a function of (seed, k): any step replays alone, and
+    resuming saves no random state.
+
+    Args:
+        student: The model that learns; changed in place.
+        batches: Clean samples without end, on the student's device. When resuming, they must
+            continue where the state stopped.
+        objective: What is trained.
+        steps: K, the length of the whole training.
+        optimizer: Of the student's parameters.
+        teacher: A frozen diffusion model, for objectives that distill.
+        average_decay: Of the moving average for sampling.
+        learning_rate: As a function of the clock; `None` leaves the optimizer's alone.
+        precision: `"bfloat16"` puts autocast around the whole objective, so that student and
+            target see the same rounding.
+        seed: Of the noise.
+        state: Where to go on, when resuming.
+
+    Yields:
+        A `Step` after each optimization step.
+
+    Raises:
+        ValueError: If two noise ranges disagree, `steps` is not positive, the decay is not in
+            [0, 1), or the batches end.
+
+    Source: Song et al. (2023), Algorithms 2 and 3: the loop around the loss.
+    """
+    _check(student, objective, steps, average_decay)
+    state = state or State.begin(student, optimizer, objective)
+    device = next(student.parameters()).device
+    target = frozen_view(student) if state.target is None else state.target
+    student.train()
+    while state.step < steps:
+        clock = Clock(state.step, steps)
+        if learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(clock)
+        generator = seeded(seed, "step", clock.step, device=device)
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(f"the batches ended before step {clock.step}; they must never end")
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = objective(
+                Models(student, target, teacher), batch, clock=clock, generator=generator
+            )
+        optimizer.zero_grad()
+        loss.value.backward()
+        optimizer.step()
+        if state.target is not None:
+            blend(state.target, student, objective.target_decay(clock))  # θ⁻ ← μ θ⁻ + (1 - μ) θ
+        blend(state.average, student, average_decay)
+        state.step += 1
+        yield Step(clock, loss.detach(), state)
+
+
+@torch.no_grad()
+def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move an average toward a model: decay * average + (1 - decay) * model.
+
+    Source: Song et al. (2023), Algorithm 2, last line.
+    """
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
+
+
+def frozen_copy(model: Preconditioned) -> Preconditioned:
+    """A copy that does not learn.
+
+    Source: ours.
+    """
+    return deepcopy(model).requires_grad_(False)
+
+
+def frozen_view(model: Denoiser) -> Denoiser:
+    """The model itself, evaluated without gradient: no second copy of the weights.
+
+    Only the gradient is off. A detached tensor or inference mode would turn the forward-mode
+    derivatives of later chapters into silent zeros.
+
+    Source: ours.
+    """
+
+    def frozen(x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
+        with torch.no_grad():
+            return model(x, sigma, label)
+
+    return frozen
+
+
+def distilled(teacher: Preconditioned, scalings: Scalings) -> Preconditioned:
+    """A student that starts as a copy of the teacher's network, in the dress of `scalings`.
+
+    A copy: without it, training the student would train the teacher.
+
+    Source: Song et al. (2023), Algorithm 2: θ initialized to φ.
+    """
+    return Preconditioned(deepcopy(teacher.net).requires_grad_(True), scalings)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A linear warm-up, then constant or a half cosine down to 0.
+
+    Attributes:
+        peak: The rate after the warm-up.
+        warmup: Steps of the warm-up.
+        decay: What follows it.
+
+    Source: ours; the paper's runs use a constant rate without warm-up.
+    """
+
+    peak: float
+    warmup: int = 0
+    decay: Literal["none", "cosine"] = "none"
+
+    def __call__(self, clock: Clock) -> float:
+        """The rate of this step."""
+        rate = self.peak * min(1.0, (clock.step + 1) / (self.warmup + 1))
+        if self.decay == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * clock.progress))
+        return rate
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam, fused into one kernel.
+
+    Source: Kingma and Ba (2015).
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a model's parameters."""
+        return torch.optim.Adam(model.parameters(), self.lr, self.betas, fused=True)
+
+
+@dataclass(frozen=True)
+class RAdam:
+    """Rectified Adam: needs no warm-up; the optimizer of all the paper's consistency models.
+
+    Source: Liu et al. (2020); Song et al. (2023), App. C.
+    """
+
+    lr: float = 4e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a model's parameters."""
+        return torch.optim.RAdam(model.parameters(), self.lr, self.betas)
+
+
+AnyOptimizer = Adam | RAdam
+
+
+def _check(student: Preconditioned, objective: Any, steps: int, average_decay: float) -> None:
+    ranges: list[NoiseRange] = [student.scalings.noise_range]
+    ranges += [objective.noise_range] if hasattr(objective, "noise_range") else []
+    if len(set(ranges)) > 1:
+        raise ValueError(
+            f"the student's scalings use {ranges[0]} but the objective uses {ranges[1]}; "
+            "give both the same NoiseRange"
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if not 0 <= average_decay < 1:
+        raise ValueError(f"average_decay must lie in [0, 1); got {average_decay}")

@@ -1,0 +1,128 @@
+"""The demonstration, at a size that takes seconds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cmbook import demo as module
+from cmbook.demo import Row, demo, table
+
+TINY = (
+    "training.steps=4",
+    "training.batch_size=16",
+    'network={kind="ResidualMLP", width=32, depth=1, told=16}',
+)
+KEYS = [
+    "name", "nfe", "ms_per_image", "frechet", "precision", "recall", "nearest_train",
+    "seconds_training",
+]  # fmt: skip
+
+
+def tiny(folder, **knobs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "IMAGES", 60)
+        return demo(folder, overrides=TINY, progress=False, **knobs)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(made):
+    return json.loads((made / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_demo_draws_a_picture(made):
+    assert (made / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_row_of_the_report_has_these_keys(report):
+    assert [list(row) for row in report["rows"]] == [KEYS] * 8
+
+
+def test_evaluations_are_counted(report):
+    assert [row["nfe"] for row in report["rows"]] == [None, None, 35, 1, 1, 2, 1, 2]
+
+
+def test_a_name_says_the_evaluations_that_were_counted(report):
+    names = [row["name"] for row in report["rows"][2:]]
+    assert names == [
+        "teacher, 35 evaluations", "teacher, forced to 1", "CD, 1 evaluation", "CD, 2 evaluations",
+        "CT, 1 evaluation", "CT, 2 evaluations",
+    ]  # fmt: skip
+
+
+def test_the_training_digits_themselves_have_distance_zero(report):
+    assert report["rows"][0]["nearest_train"] == pytest.approx(0, abs=1e-6)
+
+
+def test_real_digits_come_nearer_to_the_held_out_ones_than_untrained_models(report):
+    distances = [row["frechet"] for row in report["rows"]]
+    assert distances[0] < min(distances[2:])
+
+
+def test_the_report_says_how_it_was_made(report):
+    assert (report["record"]["shape"], report["record"]["classes"]) == ([1, 8, 8], 10)
+
+
+def test_models_took_time_to_train_and_real_digits_none(report):
+    seconds = [row["seconds_training"] for row in report["rows"]]
+    assert seconds[:2] == [None, None]
+    assert min(seconds[2:]) > 0
+
+
+def weights(folder):
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*.safetensors")
+    }
+
+
+def test_a_second_demo_reuses_what_is_finished_and_finishes_the_rest(made, monkeypatch):
+    before = weights(made)
+    shutil.rmtree(made / "ct" / "checkpoints")
+    monkeypatch.chdir(made.parent)
+    tiny(Path("out"))
+    after = weights(made)
+    assert {name for name in before if before[name] != after[name]} == {
+        name for name in before if name.parts[0] == "ct"
+    }
+
+
+def test_a_demo_with_another_seed_in_the_same_folder_is_refused(made):
+    with pytest.raises(ValueError, match="seed was 0, now 1"):
+        tiny(made, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.labelled=false", "is about labelled digits; got Digits"),
+        ("data={kind='Toy'}", "is about labelled digits; got Toy"),
+        ("training.stesp=3", "did you mean 'steps'"),
+        ("network.width=3", "network needs a kind"),
+        ("seed=-1", "seed must lie in"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_trained(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        demo(tmp_path / "out", overrides=(override,), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_shows_every_row_with_aligned_columns():
+    rows = [
+        Row("real", None, None, 1.25, 0.5, 0.25, 0.0, None),
+        Row("a model", 35, 0.125, 100.0, 1.0, 1.0, 3.5, 61.2),
+    ]
+    assert table(rows).splitlines() == [
+        "         NFE  ms/image  Frechet  precision  recall  nearest  training",
+        "real                       1.25       0.50    0.25     0.00          ",
+        "a model   35     0.125   100.00       1.00    1.00     3.50      61 s",
+    ]

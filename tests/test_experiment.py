@@ -1,0 +1,257 @@
+"""Recipes: strict on the way in, complete on the way out."""
+
+import tomllib
+from dataclasses import replace
+
+import pytest
+
+from cmbook import (
+    EDM,
+    MLP,
+    ConsistencyDistillation,
+    ConsistencyScalings,
+    ConsistencyTraining,
+    Digits,
+    Experiment,
+    LInf,
+    NoiseRange,
+    PseudoHuber,
+    ResidualMLP,
+    Toy,
+    UNet,
+)
+from cmbook.experiment import dumps, loads, recipe_text, recipes
+from cmbook.schedules import FixedLevels
+from cmbook.training import Adam, RAdam
+
+RING = """
+data = { kind = "Toy" }
+network = { kind = "MLP" }
+scalings = { kind = "ConsistencyScalings" }
+[noise_range]
+sigma_max = 10.0
+[objective]
+kind = "ConsistencyTraining"
+[training]
+steps = 10_000
+optimizer = { kind = "RAdam" }
+[sampling]
+sigmas = [10.0, 1.0]
+"""
+
+
+def test_the_shipped_recipes_are_a_teacher_and_two_students_of_two_worlds():
+    expected = {f"{world}/{name}" for world in ("toy", "digits") for name in ("edm", "cd", "ct")}
+    assert expected <= set(recipes())
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_shipped_recipe_comes_back_equal(name):
+    recipe = loads(recipe_text(name))
+    assert loads(dumps(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_shipped_recipe_builds(name):
+    recipe = loads(recipe_text(name))
+    data, network = recipe.data.build(), recipe.network or MLP()
+    optimizer = recipe.training.optimizer.build(network.build(data.shape, data.classes))
+    assert optimizer.param_groups[0]["lr"] == recipe.training.optimizer.lr
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_shipped_recipe_opens_with_a_sentence_for_the_list(name):
+    first = recipe_text(name).splitlines()[0]
+    assert (first.startswith("# "), len(first) <= 100) == (True, True)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_teacher_of_a_shipped_recipe_is_the_run_of_a_shipped_recipe(name):
+    teacher = loads(recipe_text(name)).teacher
+    assert teacher is None or teacher.removeprefix("runs/") in recipes()
+
+
+EXPERIMENTS = [
+    Experiment(Toy("moons"), EDM(), ConsistencyScalings(), MLP(), seed=2**32 - 1),
+    Experiment(
+        Digits(labelled=False),
+        ConsistencyTraining(curriculum=FixedLevels(7, 0.25), distance=PseudoHuber(c=0.125)),
+        ConsistencyScalings(),
+        UNet(multipliers=(1, 2, 3), attention=()),
+        NoiseRange(0.01, 80.0, 3.0, 0.1 + 0.2),
+    ),
+    Experiment(
+        Toy(),
+        ConsistencyDistillation(levels=3, solver="euler", distance=LInf(), decay=1 / 3),
+        ConsistencyScalings(),
+        ResidualMLP(dropout=1e-300),
+        teacher='a "strange"\n folder \\ Ω',
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", EXPERIMENTS, ids=["plain", "nested", "odd"])
+def test_a_recipe_written_and_read_is_equal(recipe):
+    assert loads(dumps(recipe)) == recipe
+
+
+def test_every_setting_is_written():
+    written = tomllib.loads(dumps(loads(RING)))
+    assert written["training"] == {
+        "steps": 10_000, "batch_size": 512, "warmup": 0, "decay": "none", "average_decay": 0.9999,
+        "precision": "float32", "save_every": 1000,
+        "optimizer": {"kind": "RAdam", "lr": 4e-4, "betas": [0.9, 0.999]},
+    }  # fmt: skip
+
+
+def test_the_noise_range_is_written_once():
+    assert dumps(loads(RING)).count("sigma_max") == 1
+
+
+def test_the_one_noise_range_reaches_scalings_and_objective():
+    recipe = loads(RING, ["noise_range.sigma_data=0.25"])
+    expected = NoiseRange(sigma_max=10.0, sigma_data=0.25)
+    assert recipe.objective.noise_range == recipe.scalings.noise_range == expected
+
+
+def test_the_record_of_a_run_is_no_part_of_its_recipe():
+    assert loads(f"{RING}\n[record]\nshape = [2]\n") == loads(RING)
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("training.steps=7", lambda e: e.training.steps, 7),
+        ("training.steps = 7", lambda e: e.training.steps, 7),
+        ("training.optimizer={kind='Adam'}", lambda e: e.training.optimizer, Adam()),
+        ("training.optimizer.kind=RAdam", lambda e: e.training.optimizer, RAdam()),
+        ("seed=1_000", lambda e: e.seed, 1000),
+        ("objective.distance.kind=PseudoHuber", lambda e: e.objective.distance, PseudoHuber()),
+        ("sampling.sigmas=[10, 2, 1]", lambda e: e.sampling.sigmas, (10.0, 2.0, 1.0)),
+        ("data.world=moons", lambda e: e.data.world, "moons"),
+        ("data.labelled=true", lambda e: e.data.labelled, True),
+        ("noise_range.rho=3", lambda e: e.noise_range.rho, 3.0),
+        ("teacher=runs/a=b", lambda e: e.teacher, "runs/a=b"),
+    ],
+)
+def test_an_override_replaces_one_setting(override, read, expected):
+    assert read(loads(RING, [override])) == expected
+
+
+def test_the_last_of_two_overrides_wins():
+    assert loads(RING, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_integer_for_a_float_becomes_a_float():
+    assert isinstance(loads(RING, ["noise_range.rho=3"]).noise_range.rho, float)
+
+
+REFUSED = [
+    # names
+    ("objective.levles=3", r"objective\.levles is not a setting\. ConsistencyTraining has curr"),
+    ("objective.weightt='snr'", "objective.weightt is not a setting; did you mean 'weight'"),
+    ("trainingg.steps=3", "trainingg is not a setting; did you mean 'training'"),
+    ("training.optimiser.lr=1", "optimiser is not a setting; did you mean 'optimizer'"),
+    ("data.kind=Digit", "data.kind must be one of Toy, Digits; got 'Digit'; did you mean 'Digits'"),
+    ("data.world=rings", "did you mean 'ring'"),
+    ("network.kind=Unet", "did you mean 'UNet'"),
+    ("objective.distance.kind=L3", "must be one of L2, L1, Norm, PseudoHuber, LInf; got 'L3'"),
+    ("objective.weight=karass", "did you mean 'karras'"),
+    ("sampling.solver=huen", "did you mean 'heun'"),
+    ("objective.noise_range.rho=3", r"set the table \[noise_range\]"),
+    ("scalings.noise_range.rho=3", r"set the table \[noise_range\]"),
+    # types
+    ("training.steps=1e9", "training.steps must be of type int; got 1000000000.0"),
+    ("training.steps=1e9x", "training.steps must be of type int; got '1e9x'"),
+    ("training.steps=true", "must be of type int; got True"),
+    ("training.steps=", "must be of type int; got ''"),
+    ("noise_range.rho=true", "must be of type float; got True"),
+    ("noise_range.rho='7'", "must be of type float; got '7'"),
+    ("data.labelled=1", "must be of type bool; got 1"),
+    ("teacher=3", "teacher must be of type str; got 3"),
+    ("data=Toy", "data needs a kind, one of Toy, Digits; got 'Toy'"),
+    ("data={world='ring'}", "data needs a kind"),
+    ("data={kind=['Toy']}", "data.kind must be one of"),
+    ("data={kind={a=1}}", "data.kind must be one of"),
+    ("training=3", "training must be a table of settings; got 3"),
+    ("training.steps.x=3", "steps holds no settings of its own"),
+    ("sampling.sigmas=10", "sampling.sigmas must be a list; got 10"),
+    ("sampling.sigmas=['a']", r"sampling\.sigmas\[0\] must be of type float"),
+    ("training.optimizer.betas=[0.9]", "betas must be a list of 2"),
+    # values
+    ("training.steps=-1", "training: steps must be at least 1; got -1"),
+    ("training.batch_size=9223372036854775808", "batch_size must fit in 64 bits; got 92233"),
+    ("training.batch_size=0", "batch_size must be at least 1; got 0"),
+    ("training.save_every=0", "save_every must be at least 1; got 0"),
+    ("training.warmup=-1", "warmup must be at least 0; got -1"),
+    ("training.average_decay=1", r"average_decay must lie in \[0, 1\); got 1"),
+    ("training.optimizer.lr=0", "lr must be positive; got 0"),
+    ("training.optimizer.lr=nan", "lr must be positive; got nan"),
+    ("training.optimizer.lr=inf", "lr must be positive; got inf"),
+    ("training.optimizer.betas=[0.9, 1]", r"betas must lie in \[0, 1\)"),
+    ("noise_range.sigma_min=0", "expected 0 < sigma_min < sigma_max; got sigma_min = 0"),
+    ("noise_range.sigma_min=nan", "expected 0 < sigma_min"),
+    ("noise_range.sigma_max=inf", "expected 0 < sigma_min"),
+    ("noise_range.rho=0", "rho must be at least 0.1"),
+    ("noise_range.rho=1e-300", "noise_range: "),
+    ("sampling.sigmas=[1, 10]", "sigmas must decrease; got"),
+    ("sampling.sigmas=[10, 10]", "sigmas must decrease; got"),
+    ("sampling.sigmas=[]", "at least one noise level"),
+    ("sampling.sigmas=[10, nan]", "sigmas must be finite"),
+    ("sampling.sigmas=[80]", "must begin at noise_range.sigma_max = 10.0"),
+    ("sampling.levels=1", "sampling: levels must be at least 2; got 1"),
+    ("seed=-1", r"seed must lie in 0 \.\.\. 4294967295; got -1"),
+    ("objective={kind='ConsistencyDistillation'}", "ConsistencyDistillation needs a teacher"),
+    # not a setting at all
+    ("training.steps", "expected key=value, such as training.steps=1000; got 'training.steps'"),
+    ("=3", "expected key=value"),
+    ("training..steps=3", "expected key=value"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED, ids=[pair[0] for pair in REFUSED])
+def test_a_wrong_setting_is_refused_with_what_was_expected(override, message):
+    with pytest.raises(ValueError, match=message):
+        loads(RING, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the recipe has no data, which has no default"),
+        ("a = = 3", "not valid TOML.*line 1"),
+        ("data = 1", "data needs a kind, one of Toy, Digits; got 1"),
+        (RING.replace("MLP", "MLQ"), "did you mean 'MLP'"),
+        (RING.replace("network", "# "), "a run without a teacher needs a network"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_what_is_missing(text, message):
+    with pytest.raises(ValueError, match=message):
+        loads(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits/emd", "did you mean 'digits/edm'"),
+        ("nothing", "`cmbook configs` lists them"),
+        ("nothing.toml", "there is no recipe file nothing.toml"),
+        ("", "there is no recipe ''"),
+        ("../configs/digits/edm", "there is no recipe"),
+    ],
+)
+def test_an_unknown_recipe_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_text(name)
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"cannot read the recipe .*binary\.toml"):
+        recipe_text(str(path))
+
+
+def test_a_recipe_compares_by_value():
+    recipe = loads(RING)
+    assert recipe != replace(recipe, seed=1)

@@ -1,0 +1,121 @@
+"""Pictures: they show what they are given, and disturb nothing."""
+
+import matplotlib
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from cmbook import normal, plotting, seeded
+
+POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]])
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda ax: plotting.scatter(ax, POINTS),
+        lambda ax: plotting.paths(ax, POINTS.expand(4, 3, 2)),
+        lambda ax: plotting.loss_curve(ax, [1, 2], [0.5, 0.25]),
+        lambda ax: plotting.images(ax, torch.zeros(3, 1, 2, 2)),
+    ],
+    ids=["scatter", "paths", "loss curve", "images"],
+)
+def test_a_plot_returns_the_axis_it_was_given(ax, draw):
+    assert draw(ax) is ax
+
+
+def test_a_scatter_puts_every_point_in_its_place(ax):
+    plotting.scatter(ax, POINTS)
+    assert ax.collections[0].get_offsets().tolist() == POINTS.tolist()
+
+
+def test_every_path_is_one_line_through_its_points(ax):
+    walked = normal(torch.empty(5, 3, 2), seeded(0)).double()
+    plotting.paths(ax, walked)
+    drawn = torch.stack([torch.tensor(line.get_xydata()) for line in ax.lines], 1)
+    assert torch.equal(drawn, walked)
+
+
+def test_a_loss_curve_is_logarithmic(ax):
+    plotting.loss_curve(ax, [1, 2, 3], [1.0, 0.1, 0.01])
+    assert (ax.get_yscale(), ax.lines[0].get_xydata()[:, 1].tolist()) == ("log", [1.0, 0.1, 0.01])
+
+
+def test_gray_images_are_ink_on_paper_one_pixel_apart(ax):
+    digits = torch.tensor([1.0, 0.0, -1.0])[:, None, None, None].expand(3, 1, 1, 2)
+    plotting.images(ax, digits, columns=2)
+    black, gray, white = 0.0, 0.5, 1.0
+    expected = [
+        [black, black, white, gray, gray],
+        [white, white, white, white, white],
+        [white, white, white, white, white],
+    ]
+    assert ax.images[0].get_array().tolist() == expected
+
+
+def test_color_images_keep_their_colors(ax):
+    red = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 2, 2)
+    plotting.images(ax, red, columns=1)
+    assert ax.images[0].get_array().tolist() == [[[1.0, 0.0, 0.0]] * 2] * 2
+
+
+def test_images_beyond_the_range_are_clipped(ax):
+    plotting.images(ax, torch.tensor([3.0, -3.0])[:, None, None, None], columns=2)
+    assert ax.images[0].get_array().tolist() == [[0.0, 1.0, 1.0]]
+
+
+def test_points_are_no_images(ax):
+    with pytest.raises(ValueError, match=r"expected images .* got shape \(3, 2\)"):
+        plotting.images(ax, POINTS)
+
+
+def test_rows_of_images_carry_their_names():
+    figure = plotting.image_rows({"a": torch.zeros(2, 1, 2, 2), "b": torch.zeros(3, 1, 2, 2)}, "t")
+    assert [ax.texts[0].get_text() for ax in figure.axes] == ["a", "b"]
+
+
+def test_a_sheet_of_images_shows_them_all():
+    figure = plotting.sheet(torch.zeros(23, 1, 8, 8))
+    assert figure.axes[0].images[0].get_array().shape == (3 * 9 - 1, 10 * 9 - 1)
+
+
+def test_a_sheet_of_points_shows_them_all():
+    assert len(plotting.sheet(POINTS).axes[0].collections[0].get_offsets()) == 3
+
+
+def test_the_style_ends_with_its_block():
+    before = dict(matplotlib.rcParams)
+    with plotting.book_style():
+        assert matplotlib.rcParams["axes.spines.top"] is False
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_plots_draw_no_random_numbers(ax):
+    before = torch.get_rng_state()
+    plotting.scatter(ax, POINTS)
+    plotting.sheet(torch.zeros(3, 1, 2, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_picture_is_saved_into_a_new_folder(tmp_path):
+    plotting.save(Figure(), tmp_path / "ü" / "new" / "a.png")
+    assert (tmp_path / "ü" / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_save_leaves_the_older_picture(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"older")
+
+    def full(figure, file, **keywords):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        plotting.save(Figure(), path)
+    assert path.read_bytes() == b"older"

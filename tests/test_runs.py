@@ -1,0 +1,442 @@
+"""Runs: resumed is undisturbed, nothing is lost, and a record says how it was made."""
+
+import os
+import shutil
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cmbook
+from cmbook import (
+    EDM,
+    MLP,
+    AdaptiveLevels,
+    ConsistencyDistillation,
+    ConsistencyScalings,
+    ConsistencyTraining,
+    Digits,
+    DoublingLevels,
+    EDMScalings,
+    Experiment,
+    NoiseRange,
+    PerImage,
+    ResidualMLP,
+    Toy,
+    UNet,
+    checkpoints,
+    experiment,
+    load,
+    run,
+    seeded,
+)
+from cmbook.experiment import Sampling, Training
+from cmbook.protocols import Batch
+from cmbook.training import Adam, RAdam
+
+TRAINING = Training(
+    steps=6, batch_size=8, optimizer=Adam(), warmup=2, decay="cosine", average_decay=0.5,
+    save_every=3,
+)  # fmt: skip
+EDM_RUN = Experiment(
+    Toy(), EDM(), EDMScalings(), MLP(16, 2), NoiseRange(sigma_max=10.0), training=TRAINING,
+    sampling=Sampling(4, "heun", (10.0,)),
+)  # fmt: skip
+CT_RUN = replace(
+    EDM_RUN,
+    objective=ConsistencyTraining(curriculum=DoublingLevels(4, 8)),
+    scalings=ConsistencyScalings(),
+    sampling=Sampling(sigmas=(10.0, 1.0)),
+)
+TARGETED_RUN = replace(
+    CT_RUN,
+    objective=ConsistencyTraining(curriculum=AdaptiveLevels(2, 8)),
+    network=ResidualMLP(16, 1, 8, dropout=0.5),
+    training=replace(TRAINING, optimizer=RAdam()),
+)
+BF16_RUN = replace(EDM_RUN, training=replace(TRAINING, precision="bfloat16"))
+DIGITS_RUN = replace(
+    EDM_RUN, data=Digits(), network=UNet(8, (1,), attention=()), noise_range=NoiseRange()
+)
+
+
+def make(recipe, folder, **knobs):
+    return run(recipe, folder, progress=False, **knobs)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    make(EDM_RUN, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished consistency model; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    make(CT_RUN, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def cd_run(teacher, **knobs):
+    objective = ConsistencyDistillation(levels=5, **knobs)
+    return replace(CT_RUN, objective=objective, network=None, teacher=str(teacher))
+
+
+def files(folder):
+    """Every file below a folder, to its last byte."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def numbers(checkpoint):
+    """Weights, average, target, recipe and optimizer of a checkpoint, to the last bit."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype), value.numpy().tobytes()
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    kept = {k: v for k, v in files(checkpoint).items() if k not in ("state.pt", "manifest.json")}
+    return kept | {"state": plain(torch.load(checkpoint / "state.pt", weights_only=True))}
+
+
+RECIPES = {
+    "edm": EDM_RUN,
+    "edm in bfloat16": BF16_RUN,
+    "edm on digits": DIGITS_RUN,
+    "ct": CT_RUN,
+    "ct with target and dropout": TARGETED_RUN,
+    "cd": ConsistencyDistillation(levels=5),
+    "cd with target": ConsistencyDistillation(levels=5, decay=0.5),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, teacher, name):
+    recipe = RECIPES[name]
+    if not isinstance(recipe, Experiment):
+        recipe = replace(CT_RUN, objective=recipe, network=None, teacher=str(teacher))
+    make(recipe, tmp_path)
+    last = tmp_path / "checkpoints" / "step-00000006"
+    undisturbed = numbers(last)
+    shutil.rmtree(last)  # as if killed after step 3
+    make(recipe, tmp_path, resume=True)
+    assert numbers(last) == undisturbed
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(copied):
+    undisturbed = numbers(copied / "checkpoints" / "step-00000006")
+    shutil.rmtree(copied / "checkpoints")
+    make(CT_RUN, copied, resume=True)
+    assert numbers(copied / "checkpoints" / "step-00000006") == undisturbed
+
+
+def test_a_resumed_log_has_every_row_once(copied):
+    before = (copied / "log.csv").read_text().splitlines()
+    shutil.rmtree(copied / "checkpoints" / "step-00000006")
+    make(CT_RUN, copied, resume=True)
+    after = (copied / "log.csv").read_text().splitlines()
+    assert [row.rsplit(",", 1)[0] for row in after] == [row.rsplit(",", 1)[0] for row in before]
+
+
+@pytest.mark.parametrize("junk", [b"6,0.1", b"a,b,c\n", b"\xff\xfe\n", b"6,0.1,x\n", b"\n\n"])
+def test_a_log_cut_by_a_kill_does_not_stop_a_run(copied, junk):
+    (copied / "log.csv").write_bytes(b"step,loss,seconds\n3,0.5,1.25\n" + junk)
+    assert load(copied).seconds == 1.25
+
+
+def test_resuming_a_finished_run_changes_nothing(copied):
+    before = files(copied)
+    make(CT_RUN, copied, resume=True)
+    assert files(copied) == before
+
+
+def test_two_runs_of_one_recipe_are_equal_bit_for_bit(copied, tmp_path):
+    make(CT_RUN, tmp_path / "again")
+    name = "checkpoints/step-00000006/student.safetensors"
+    assert (copied / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_first_weights_are_a_function_of_the_seed(tmp_path):
+    short = replace(EDM_RUN, training=replace(TRAINING, steps=1))
+    a = make(short, tmp_path / "a").model.state_dict()
+    b = make(replace(short, seed=1), tmp_path / "b").model.state_dict()
+    assert not torch.equal(a["net.inlet.weight"], b["net.inlet.weight"])
+
+
+def test_a_run_leaves_global_randomness_alone(tmp_path):
+    before = torch.get_rng_state()
+    make(TARGETED_RUN, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_run_returned_is_the_run_on_disk(tmp_path):
+    made, read = make(CT_RUN, tmp_path).model.state_dict(), load(tmp_path).model.state_dict()
+    assert all(torch.equal(made[name], read[name]) for name in made)
+
+
+# what a run leaves behind
+
+
+def test_the_record_says_how_the_run_was_made(finished):
+    record = tomllib.loads((finished / "experiment.toml").read_text())["record"]
+    expected = {
+        "seed": 0,
+        "shape": [2],
+        "classes": 0,
+        "data_sha256": Toy().build().sha256(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "cmbook": cmbook.__version__,
+        "torch": torch.__version__,
+    }
+    assert expected.items() <= record.items()
+
+
+def test_the_recipe_can_be_read_back_from_the_run(finished):
+    assert experiment.loads((finished / "experiment.toml").read_text()) == CT_RUN
+
+
+def test_the_recipe_of_a_distilled_run_names_the_teachers_network(teacher, tmp_path):
+    assert make(cd_run(teacher), tmp_path).recipe.network == EDM_RUN.network
+
+
+@pytest.mark.parametrize(("step", "finished_"), [(3, False), (6, True)])
+def test_one_checkpoint_can_be_loaded(finished, step, finished_):
+    loaded = load(finished / "checkpoints" / f"step-{step:08d}")
+    assert (loaded.step, loaded.finished, loaded.folder) == (step, finished_, finished)
+
+
+def test_a_run_can_be_moved_to_another_folder(copied, tmp_path):
+    moved = copied.rename(tmp_path / "ün ïcode 数字")
+    assert make(CT_RUN, moved, resume=True).finished
+
+
+# nothing is lost
+
+
+def test_a_folder_that_holds_a_run_is_refused(copied):
+    before = files(copied)
+    with pytest.raises(ValueError, match=r"already holds a run; --resume .* --overwrite .* --out"):
+        make(CT_RUN, copied)
+    assert files(copied) == before
+
+
+def test_checkpoints_without_recipe_are_a_run_too(copied):
+    (copied / "experiment.toml").unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        make(CT_RUN, copied)
+
+
+def test_overwriting_replaces_the_run(copied):
+    other = replace(CT_RUN, training=replace(TRAINING, steps=2))
+    make(other, copied, overwrite=True)
+    assert os.listdir(copied / "checkpoints") == ["step-00000002"]
+
+
+def test_overwriting_spares_other_files(copied):
+    (copied / "notes.txt").write_text("mine")
+    make(CT_RUN, copied, overwrite=True)
+    assert (copied / "notes.txt").read_text() == "mine"
+
+
+def test_a_wrong_recipe_does_not_overwrite(copied):
+    before = files(copied)
+    with pytest.raises(ValueError, match=r"UNet .* needs images"):
+        make(replace(CT_RUN, network=UNet()), copied, overwrite=True)
+    assert files(copied) == before
+
+
+def test_a_run_does_not_overwrite_its_own_teacher(teacher):
+    before = files(teacher)
+    with pytest.raises(ValueError, match="holds the teacher of this run"):
+        make(cd_run(teacher), teacher, overwrite=True)
+    assert files(teacher) == before
+
+
+def test_resume_and_overwrite_exclude_each_other(copied):
+    with pytest.raises(ValueError, match="choose one"):
+        make(CT_RUN, copied, resume=True, overwrite=True)
+
+
+def test_resuming_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no run to resume in"):
+        make(CT_RUN, tmp_path, resume=True)
+
+
+def test_resuming_with_another_recipe_names_the_difference(copied):
+    other = replace(CT_RUN, training=replace(TRAINING, steps=9))
+    with pytest.raises(ValueError, match=r"training\.steps was 6, now 9"):
+        make(other, copied, resume=True)
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def test_resuming_with_other_data_is_refused(copied):
+    edit(copied / "experiment.toml", Toy().build().sha256(), "0" * 64)
+    with pytest.raises(ValueError, match="was made from other data"):
+        make(CT_RUN, copied, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[record]", "[other]"),
+        ("classes = 0", 'classes = "none"'),
+        ("classes = 0", ""),
+        ("width = 16", "width = 'wide'"),
+        ("width = 16", "widthh = 16"),
+        ("seed = 0", "seed ="),
+    ],
+)
+def test_a_recipe_edited_into_nonsense_is_refused_by_name(copied, old, new):
+    edit(copied / "experiment.toml", old, new)
+    with pytest.raises(ValueError, match=r"run/experiment\.toml"):
+        make(CT_RUN, copied, resume=True)
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_serves(copied):
+    path = copied / "checkpoints" / "step-00000006"
+    (path / "average.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"Delete {path} to use the checkpoint before it"):
+        load(copied)
+    shutil.rmtree(path)
+    assert load(copied).step == 3
+
+
+def test_diverged_training_does_not_replace_good_checkpoints(tmp_path):
+    knobs = replace(TRAINING, optimizer=Adam(lr=1e36), steps=50, save_every=1, warmup=0)
+    recipe = replace(EDM_RUN, training=knobs)
+    with pytest.raises(ValueError, match="training has diverged"):
+        make(recipe, tmp_path)
+    for path in checkpoints.checkpoints(tmp_path / "checkpoints"):
+        weights = checkpoints.read_weights(path, "student")
+        assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; --out names the folder"):
+        make(CT_RUN, tmp_path / "file")
+
+
+# teachers
+
+
+@pytest.mark.parametrize("name", ["digits/edm", "toy/edm"])
+def test_a_missing_teacher_is_named_with_the_command_that_makes_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"make it first: cmbook train {name}$"):
+        make(cd_run(f"runs/{name}"), tmp_path / "run")
+
+
+def test_a_missing_teacher_elsewhere_is_named_with_its_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"cmbook train digits/edm --out .*/digits/edm$"):
+        make(cd_run(tmp_path / "digits" / "edm"), tmp_path / "run")
+
+
+def test_a_teacher_without_checkpoint_is_to_be_resumed(tmp_path, copied):
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(ValueError, match=r"--resume$"):
+        make(cd_run(copied), tmp_path / "cd")
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="there is no run"):
+        make(cd_run(tmp_path / "nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_consistency_model_is_no_teacher(finished, tmp_path):
+    with pytest.raises(ValueError, match="is a consistency model"):
+        make(cd_run(finished), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": Toy(labelled=True)}, "0 classes; this recipe's data has .* and 8"),
+        ({"noise_range": NoiseRange(sigma_max=10.0, sigma_data=0.3)}, "sigma_data 0.5, this reci"),
+        ({"network": MLP(17, 2)}, r"Leave out \[network\]"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make(replace(cd_run(teacher), **change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "network"),
+    [(CT_RUN, MLP(-1, 2)), (DIGITS_RUN, UNet(heads=-1)), (DIGITS_RUN, UNet(channels=3))],
+    ids=["width", "heads", "channels"],
+)
+def test_a_network_that_cannot_work_is_refused_before_the_folder_is_made(tmp_path, recipe, network):
+    with pytest.raises(ValueError, match=r"MLP|UNet|channels|heads"):
+        make(replace(recipe, network=network), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# sampling
+
+
+@pytest.fixture(scope="module", params=["points", "images"])
+def sampled(request, finished, tmp_path_factory):
+    if request.param == "points":
+        return load(finished), None
+    data = replace(DIGITS_RUN, network=ResidualMLP(64, 2))
+    return make(data, tmp_path_factory.mktemp("digits") / "run"), torch.arange(10)
+
+
+def test_a_sample_depends_on_its_seed_alone(sampled):
+    made, label = sampled
+    together = made.sample(10, label, generator=PerImage(range(10)))
+    alone = made.sample(1, None if label is None else label[7:8], generator=PerImage([7]))
+    torch.testing.assert_close(together[7:8], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sample_of_several_steps_depends_on_its_seed_alone(finished):
+    together = load(finished).sample(10, steps=2, generator=PerImage(range(10)))
+    alone = load(finished).sample(1, steps=2, generator=PerImage([7]))
+    torch.testing.assert_close(together[7:8], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_repeats_bit_for_bit(sampled):
+    made, label = sampled
+    first, second = (made.sample(10, label, generator=seeded(5)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_one_step_is_one_evaluation_at_sigma_max(finished):
+    made = load(finished)
+    x = 10.0 * torch.randn(4, 2, generator=seeded(3))
+    expected = made.model(x, torch.full((4,), 10.0))
+    assert torch.equal(made.sample(4, generator=seeded(3)), expected)
+
+
+@pytest.mark.parametrize("steps", [0, 3, -1])
+def test_more_steps_than_noise_levels_are_refused(finished, steps):
+    with pytest.raises(ValueError, match=rf"names 2 noise levels.*{steps} steps were asked"):
+        load(finished).sample(4, steps=steps, generator=seeded(0))
+
+
+def test_a_checkpoint_that_was_renamed_says_so(copied):
+    path = copied / "checkpoints" / "step-00000006"
+    with pytest.raises(ValueError, match="was renamed"):
+        load(path.rename(path.with_name("best")))
+
+
+def test_batches_arrive_without_labels_where_there_are_none(finished):
+    batch = next(load(finished).recipe.data.build().batches(4, 0))
+    assert (type(batch), batch.label) == (Batch, None)

@@ -1,0 +1,277 @@
+"""Training: every method learns, nothing leaks into the teacher, and precision cancels."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from cmbook import (
+    EDM,
+    L2,
+    MLP,
+    AdaptiveLevels,
+    Clock,
+    ConsistencyDistillation,
+    ConsistencyScalings,
+    ConsistencyTraining,
+    DoublingLevels,
+    EDMScalings,
+    Models,
+    NoiseRange,
+    Pair,
+    Preconditioned,
+    ResidualMLP,
+    Toy,
+    UNet,
+    blend,
+    distilled,
+    normal,
+    seeded,
+    train,
+)
+from cmbook.losses.regression import self_consistency
+from cmbook.training import Adam, LearningRate, RAdam, State, frozen_copy, frozen_view
+
+RANGE = NoiseRange(sigma_max=10.0)
+RING = Toy("ring").build()
+TARGETED = AdaptiveLevels(2, 20)  # μ > 0: a target network of its own
+METHODS = {
+    "edm": EDM(RANGE),
+    "cd": ConsistencyDistillation(RANGE),
+    "cd with a target": ConsistencyDistillation(RANGE, decay=0.9),
+    "ct": ConsistencyTraining(RANGE, DoublingLevels(10, 40)),
+    "ct with a target": ConsistencyTraining(RANGE, TARGETED),
+}
+
+
+def built(network, shape=(2,), scalings=None, seed=0):
+    """A model whose every weight is random, the zeroed ones too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Preconditioned(network.build(shape), scalings or ConsistencyScalings(RANGE))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def begin(objective, seed=0):
+    """A small student in the right dress, and its optimizer."""
+    dress = EDMScalings if isinstance(objective, EDM) else ConsistencyScalings
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = Preconditioned(MLP(64, 3).build((2,)), dress(RANGE))
+    return student, Adam(3e-3).build(student)
+
+
+def steps(objective, n, student=None, **knobs):
+    """The last of n steps."""
+    if student is None:
+        student, optimizer = begin(objective)
+    else:
+        optimizer = Adam(3e-3).build(student)
+    teacher = RING.world.denoiser if isinstance(objective, ConsistencyDistillation) else None
+    knobs = {"steps": n, "optimizer": optimizer, "teacher": teacher, "average_decay": 0.9, **knobs}
+    for step in train(student, RING.batches(128, 0), objective, **knobs):
+        last = step
+    return last
+
+
+def error(model, objective):
+    """The mean distance to the exact answer, over noise levels between 0.1 and 10."""
+    generator = seeded(1)
+    clean = RING.world.sample(500, generator=generator).x
+    sigma = torch.logspace(-1, 1, 500)
+    x = (clean + sigma[:, None] * normal(clean, generator)).float()
+    truth = RING.world.denoiser if isinstance(objective, EDM) else RING.world.consistency
+    with torch.no_grad():
+        return float((model(x, sigma) - truth(x, sigma)).norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fifty_steps_bring_every_method_nearer_to_the_truth(method):
+    objective = METHODS[method]
+    untrained, _ = begin(objective)
+    assert error(steps(objective, 50).average, objective) < 0.9 * error(untrained, objective)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_repeats_bit_for_bit(method):
+    first, second = (steps(METHODS[method], 3).state.student.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_trains_another_model():
+    first, second = (steps(METHODS["edm"], 3, seed=seed).loss.value for seed in (0, 1))
+    assert first != second
+
+
+def test_training_leaves_global_randomness_alone():
+    before = torch.get_rng_state()
+    steps(METHODS["ct with a target"], 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_teacher_is_bit_identical_after_five_distillation_steps():
+    teacher = built(MLP(32, 3), scalings=EDMScalings(RANGE)).requires_grad_(False)
+    before = deepcopy(teacher.state_dict())
+    steps(METHODS["cd"], 5, distilled(teacher, ConsistencyScalings(RANGE)), teacher=teacher)
+    assert all(torch.equal(teacher.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_distilled_student_begins_with_the_teachers_weights():
+    teacher = built(MLP(32, 3), scalings=EDMScalings(RANGE)).requires_grad_(False)
+    student = distilled(teacher, ConsistencyScalings(RANGE))
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_distilled_student_learns_although_its_teacher_is_frozen():
+    teacher = built(MLP(32, 3), scalings=EDMScalings(RANGE)).requires_grad_(False)
+    assert all(p.requires_grad for p in distilled(teacher, ConsistencyScalings(RANGE)).parameters())
+
+
+NETWORKS = {
+    "mlp": (MLP(32, 3), (2,)),
+    "residual mlp": (ResidualMLP(32, 2, 16, dropout=0.5), (1, 8, 8)),
+    "u-net": (UNet(16, (1, 2), dropout=0.5), (1, 8, 8)),
+}
+
+
+def distance_to_itself(network, shape, target_of, precision):
+    """The loss of a student against a target of equal weights, at the same point."""
+    student = built(network, shape).train()
+    generator = seeded(0)
+    x = normal(torch.empty(16, *shape), generator)
+    sigma = torch.logspace(-2, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        return self_consistency(
+            Models(student, target_of(student)),
+            Pair(x, sigma, x, sigma),
+            None,
+            noise_range=RANGE,
+            distance=L2(),
+            weight="uniform",
+            generator=generator,
+        )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target_of", [frozen_view, frozen_copy])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_with_equal_weights_student_and_target_agree_exactly(network, target_of, precision):
+    loss = distance_to_itself(*NETWORKS[network], target_of, precision)
+    assert loss.per_sample.tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_weight_learns_in_every_precision(method, precision):
+    """Autocast must not hand the student a weight that was cast where no gradient was kept."""
+    student = built(MLP(16, 2), scalings=EDMScalings(RANGE) if method == "edm" else None)
+    before = deepcopy(student.state_dict())
+    steps(METHODS[method], 1, student, precision=precision)
+    assert not any(torch.equal(before[name], after) for name, after in student.state_dict().items())
+
+
+def test_bfloat16_rounds():
+    first, second = (steps(METHODS["edm"], 1, precision=p) for p in ("float32", "bfloat16"))
+    assert 0 < abs(first.loss.value - second.loss.value) < 0.05 * first.loss.value
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(0.0, 3.0), (0.25, 2.5), (0.75, 1.5)])
+def test_blend_is_the_weighted_mean(decay, expected):
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for layer, value in ((average, 1.0), (model, 3.0)):
+        torch.nn.init.constant_(layer.weight, value)
+        torch.nn.init.constant_(layer.bias, value)
+    blend(average, model, decay)
+    assert (average.weight.item(), average.bias.item()) == (expected, expected)
+
+
+def test_blend_copies_buffers():
+    average, model = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+    model.running_mean.fill_(5.0)
+    blend(average, model, 0.9)
+    assert average.running_mean.item() == 5.0
+
+
+@pytest.mark.parametrize("method", ["edm", "cd", "ct"])
+def test_without_decay_no_second_copy_of_the_weights_is_kept(method):
+    student, optimizer = begin(METHODS[method])
+    assert State.begin(student, optimizer, METHODS[method]).target is None
+
+
+@pytest.mark.parametrize("method", ["cd with a target", "ct with a target"])
+def test_the_target_follows_the_student_with_the_objectives_decay(method):
+    objective = METHODS[method]
+    student, optimizer = begin(objective)
+    before = deepcopy(student.state_dict())
+    target = steps(objective, 1, student, optimizer=optimizer).state.target.state_dict()
+    mu = objective.target_decay(Clock(0, 1))
+    for name, after in student.state_dict().items():
+        torch.testing.assert_close(target[name], mu * before[name] + (1 - mu) * after)
+
+
+def test_the_student_trains_and_the_average_does_not():
+    state = steps(METHODS["ct with a target"], 1).state
+    modes = (state.student.training, state.target.training, state.average.training)
+    assert modes == (True, True, False)
+
+
+def test_the_clock_of_the_steps_counts_from_zero():
+    student, optimizer = begin(METHODS["edm"])
+    batches = RING.batches(4, 0)
+    found = [s.clock for s in train(student, batches, METHODS["edm"], steps=3, optimizer=optimizer)]
+    assert found == [Clock(0, 3), Clock(1, 3), Clock(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "step", "expected"),
+    [
+        (LearningRate(2.0), 0, 2.0),
+        (LearningRate(2.0), 99, 2.0),
+        (LearningRate(2.0, warmup=3), 0, 0.5),
+        (LearningRate(2.0, warmup=3), 3, 2.0),
+        (LearningRate(2.0, decay="cosine"), 0, 2.0),
+        (LearningRate(2.0, decay="cosine"), 50, 1.0),
+        (LearningRate(2.0, warmup=1, decay="cosine"), 0, 1.0),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(rate, step, expected):
+    assert rate(Clock(step, 100)) == pytest.approx(expected)
+
+
+def test_the_optimizer_runs_at_the_learning_rate_of_the_clock():
+    student, optimizer = begin(METHODS["edm"])
+    steps(METHODS["edm"], 4, student, optimizer=optimizer, learning_rate=LearningRate(1.0, 7))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.5), RAdam(lr=0.5)])
+def test_an_optimizer_has_the_knobs_of_the_recipe(optimizer):
+    group = optimizer.build(torch.nn.Linear(1, 1)).param_groups[0]
+    assert (group["lr"], tuple(group["betas"])) == (0.5, (0.9, 0.999))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"average_decay": 1.0}, r"average_decay must lie in \[0, 1\); got 1"),
+    ],
+)
+def test_impossible_knobs_are_refused(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        steps(METHODS["edm"], 1, **knobs)
+
+
+def test_two_noise_ranges_in_one_run_are_refused():
+    with pytest.raises(ValueError, match="give both the same NoiseRange"):
+        steps(EDM(NoiseRange(sigma_max=80.0)), 1)
+
+
+def test_batches_that_end_are_refused():
+    student, optimizer = begin(METHODS["edm"])
+    batches = iter([next(RING.batches(4, 0))])
+    with pytest.raises(ValueError, match="ended before step 1"):
+        list(train(student, batches, METHODS["edm"], steps=2, optimizer=optimizer))
