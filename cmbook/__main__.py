@@ -3,9 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ class Train:
     Ctrl-C stops after the current step with a checkpoint; --resume goes on from there.
     """
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """A name from `cmbook configs`, or the path of a .toml file."""
-    settings: tyro.conf.Positional[tuple[str, ...]] = ()
+    settings: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE ...")
+    ] = ()
     """Settings to replace, as key=value."""
     out: Path | None = None
     """Folder of the run; by default runs/NAME."""
@@ -197,20 +202,18 @@ def _device(name: str) -> str:
     return name
 
 
-def _save(samples: "object", label: "object", out: Path) -> None:
+def _save(samples: "Tensor", label: "Tensor | None", out: Path) -> None:
     """Write samples as a picture or as numbers; an older file is replaced only by a whole one."""
     import numpy as np
     import torch
 
     from cmbook import plotting
 
-    assert isinstance(samples, torch.Tensor)
-    is_images = samples.ndim == 4
     if out.suffix == ".npz":
         values = samples
-        if is_images:
+        if samples.ndim == 4:  # the layout that evaluators of the field read
             values = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        arrays = [values.numpy()] + ([label.numpy()] if isinstance(label, torch.Tensor) else [])
+        arrays = [values.numpy()] + ([] if label is None else [label.numpy()])
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_name(f".unfinished-{out.name}")
         with unfinished.open("wb") as file:

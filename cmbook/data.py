@@ -79,9 +79,16 @@ class TensorData:
     ) -> None:
         check_samples(x, bounded)
         if label is not None:
-            classes = check_labels(label, len(x), classes)
+            classes, label = check_labels(label, len(x), classes), label.long()
         if held_out is not None:
-            check_samples(held_out.x, bounded)
+            check_samples(held_out.x, bounded, "held-out sample")
+            if held_out.x.shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"held-out samples have shape {tuple(held_out.x.shape[1:])}, the others "
+                    f"{tuple(x.shape[1:])}"
+                )
+            if held_out.label is not None:
+                check_labels(held_out.label, len(held_out.x), classes)
         self.x, self.label = x, label
         self.classes = None if label is None else classes
         self.shape = tuple(x.shape[1:])
@@ -103,8 +110,9 @@ class TensorData:
 
         position = start * size
         while True:
-            places = range(position, position + size)
-            i = torch.tensor([int(order(p // n)[p % n]) for p in places])
+            first, last = position // n, (position + size - 1) // n  # epochs that it reaches into
+            orders = torch.cat([order(epoch) for epoch in range(first, last + 1)])
+            i = orders[position - first * n :][:size]
             yield Batch(self.x[i], None if self.label is None else self.label[i])
             position += size
 
@@ -120,10 +128,10 @@ class TensorData:
 
     def sha256(self) -> str:
         """A fingerprint of samples and labels."""
-        return _fingerprint(self.x, *([] if self.label is None else [self.label]))
+        return fingerprint(self.x, *([] if self.label is None else [self.label]))
 
 
-def check_samples(x: Samples, bounded: bool = True) -> None:
+def check_samples(x: Samples, bounded: bool = True, what: str = "sample") -> None:
     """Refuse samples that are no samples, not finite, or (if `bounded`) not within [-1, 1].
 
     Raises:
@@ -139,12 +147,12 @@ def check_samples(x: Samples, bounded: bool = True) -> None:
     rows = x.flatten(1)
     bad = (~torch.isfinite(rows)).any(1)
     if bool(bad.any()):
-        raise ValueError(f"sample {int(bad.nonzero()[0])} holds NaN or infinity")
+        raise ValueError(f"{what} {int(bad.nonzero()[0])} holds NaN or infinity")
     bad = (rows.abs() > 1 + 1e-6).any(1)
     if bounded and bool(bad.any()):
         i = int(bad.nonzero()[0])
         raise ValueError(
-            f"sample {i} reaches from {float(rows[i].min()):.3g} to {float(rows[i].max()):.3g}; "
+            f"{what} {i} reaches from {float(rows[i].min()):.3g} to {float(rows[i].max()):.3g}; "
             "data must lie in [-1, 1]. For 8-bit images use x / 127.5 - 1"
         )
 
@@ -316,7 +324,7 @@ class ToyData:
 
     def sha256(self) -> str:
         """A fingerprint of the mixture."""
-        return _fingerprint(self.world.weights, self.world.means, self.world.covariances)
+        return fingerprint(self.world.weights, self.world.means, self.world.covariances)
 
     def _draw(self, n: int, generator: torch.Generator) -> Batch:
         points = self.world.sample(n, generator=generator)
@@ -330,7 +338,11 @@ def _on_circle(angle: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 
-def _fingerprint(*tensors: Tensor) -> str:
+def fingerprint(*tensors: Tensor) -> str:
+    """The SHA-256 of tensors: of their types, shapes and values.
+
+    Source: ours.
+    """
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

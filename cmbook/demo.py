@@ -1,8 +1,8 @@
 """The demonstration: a teacher, a distilled and a trained consistency model, on real digits.
 
-Everything is measured on 5,000 images with the held-out label frequencies against the held-out
-digits, in pixel space. The Frechet distance is biased by the number of images, so all rows use
-the same number; two rows of real data show how low it can go.
+Every model is measured on 5,000 images with the held-out label frequencies against the held-out
+digits, in pixel space. The Frechet distance is biased by the number of images, so all models draw
+the same number. Two rows of real data show how low it can go.
 """
 
 import json
@@ -77,27 +77,27 @@ def demo(
 
     Source: ours.
     """
-    recipes = {name: _recipe(name, out, seed, overrides) for name in ("edm", "cd", "ct")}
+    recipes = {name: recipe_of(name, out, seed, overrides) for name in ("edm", "cd", "ct")}
     edm, cd, ct = (
-        _trained(recipe, out / name, overwrite, progress) for name, recipe in recipes.items()
+        trained(recipe, out / name, overwrite, progress) for name, recipe in recipes.items()
     )
     data = edm.recipe.data.build()
     assert isinstance(data, TensorData)
     rows, pictures = _real_rows(data, seed)
     samplers = {
-        "teacher, {} evaluations": (edm, _walk(edm)),
-        "teacher, forced to {}": (edm, _jump(edm)),
-        "CD, {} evaluation": (cd, _multistep(cd, 1)),
-        "CD, {} evaluations": (cd, _multistep(cd, 2)),
-        "CT, {} evaluation": (ct, _multistep(ct, 1)),
-        "CT, {} evaluations": (ct, _multistep(ct, 2)),
+        "teacher, {} evaluations": (edm, walk_of(edm)),
+        "teacher, forced to {}": (edm, jump_of(edm)),
+        "CD, {} evaluation": (cd, multistep_of(cd, 1)),
+        "CD, {} evaluations": (cd, multistep_of(cd, 2)),
+        "CT, {} evaluation": (ct, multistep_of(ct, 1)),
+        "CT, {} evaluations": (ct, multistep_of(ct, 2)),
     }
     for name, (made, sampler) in samplers.items():
-        row, picture = _measure(name, made, sampler, data, seed)
+        row, picture = measure(name, made, sampler, data, seed)
         rows.append(row)
         pictures[row.name] = picture
     with plotting.book_style():
-        title = "Handwritten digits from noise; every row starts from the same noise"
+        title = "Handwritten digits from noise: every model starts from the same noise"
         plotting.save(plotting.image_rows(pictures, title), out / "demo.png")
     _write_report(out / "report.json", rows, (edm, cd, ct))
     return rows
@@ -134,7 +134,7 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def _recipe(name: str, out: Path, seed: int, overrides: tuple[str, ...]) -> Experiment:
+def recipe_of(name: str, out: Path, seed: int, overrides: tuple[str, ...]) -> Experiment:
     """One of the three recipes; all are read before the first is trained."""
     text = experiment.recipe_text(f"digits/{name}")
     recipe = experiment.loads(text, [f"seed={seed}", *overrides])
@@ -145,13 +145,14 @@ def _recipe(name: str, out: Path, seed: int, overrides: tuple[str, ...]) -> Expe
     return recipe
 
 
-def _trained(recipe: Experiment, folder: Path, overwrite: bool, progress: bool) -> Run:
+def trained(recipe: Experiment, folder: Path, overwrite: bool, progress: bool) -> Run:
     """The run of one recipe: loaded if it is there, gone on with if it was interrupted."""
     there = (folder / "experiment.toml").is_file() and not overwrite
     return run(recipe, folder, resume=there, overwrite=overwrite, progress=progress)
 
 
-def _walk(made: Run) -> Sampler:
+def walk_of(made: Run) -> Sampler:
+    """The sampler that walks the ODE as the recipe says."""
     knobs = made.recipe.sampling
 
     def sample(model: Denoiser, x: Samples, label: Tensor, generator: Generator) -> Samples:
@@ -161,14 +162,17 @@ def _walk(made: Run) -> Sampler:
     return sample
 
 
-def _jump(made: Run) -> Sampler:
+def jump_of(made: Run) -> Sampler:
+    """The sampler that takes one evaluation, of whatever model."""
+
     def sample(model: Denoiser, x: Samples, label: Tensor, generator: Generator) -> Samples:
         return one_step(model, x, made.recipe.noise_range, label)
 
     return sample
 
 
-def _multistep(made: Run, steps: int) -> Sampler:
+def multistep_of(made: Run, steps: int) -> Sampler:
+    """The sampler that takes the first `steps` noise levels of the recipe."""
     sigmas = torch.tensor(made.recipe.sampling.sigmas[:steps], dtype=torch.float64)
 
     def sample(model: Denoiser, x: Samples, label: Tensor, generator: Generator) -> Samples:
@@ -178,7 +182,7 @@ def _multistep(made: Run, steps: int) -> Sampler:
     return sample
 
 
-def _measure(
+def measure(
     name: str, made: Run, sampler: Sampler, data: TensorData, seed: int
 ) -> tuple[Row, Samples]:
     """5,000 images, measured; and ten of them, one of each class, to look at."""

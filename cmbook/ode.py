@@ -7,7 +7,7 @@ import torch
 
 from cmbook.noise import expand
 from cmbook.protocols import Denoiser, Grid, Labels, Path, PerSample, Samples
-from cmbook.schedules import check_decreasing
+from cmbook.schedules import check_choice, check_decreasing
 
 
 def velocity(x: Samples, denoised: Samples, sigma: PerSample) -> Samples:
@@ -86,8 +86,7 @@ def walk(
     Source: Karras et al. (2022), Algorithm 1.
     """
     check_decreasing(sigmas)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    check_choice("solver", solver, SOLVERS)
     levels = sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
     yield x
     for sigma, sigma_next, last in zip(levels, levels[1:], sigmas[1:].tolist(), strict=False):

@@ -28,14 +28,14 @@ from torch import nn
 
 import cmbook
 from cmbook import checkpoints, experiment
-from cmbook.data import Data
+from cmbook.data import Data, fingerprint
 from cmbook.experiment import Experiment
 from cmbook.networks import Network
 from cmbook.noise import seeded
 from cmbook.parameterization import ConsistencyScalings, Preconditioned
 from cmbook.protocols import Batch, Generator, Labels, Samples
 from cmbook.samplers import multistep, ode_sample, prior
-from cmbook.training import State, distilled, train
+from cmbook.training import State, Step, distilled, train
 
 LOG_EVERY = 50
 
@@ -134,47 +134,55 @@ def run(
     teacher = _teacher(recipe, data)
     student = _student(recipe, data, teacher).to(device)
     state = State.begin(student, recipe.training.optimizer.build(student), recipe.objective)
-    saved = folder / "checkpoints"
-    _claim(folder, recipe, data, resume, overwrite)
+    saved, inputs = folder / "checkpoints", _inputs(data, teacher)
+    _claim(folder, recipe, inputs, resume, overwrite)
     if resume and checkpoints.checkpoints(saved):
         checkpoints.restore(checkpoints.checkpoints(saved)[-1], state)
     if state.step == recipe.training.steps:  # nothing is left to do, nor to record
         return load(folder, device)
-    text = _record(folder, recipe, data, device)
+    text = _record(folder, recipe, data, inputs, device)
     if teacher is not None:
         teacher.to(device)
 
     batches = data.batches(recipe.training.batch_size, recipe.seed, start=state.step)
+    knobs = recipe.training
     steps = train(
         student,
         (_moved(batch, device) for batch in batches),
         recipe.objective,
-        steps=recipe.training.steps,
+        steps=knobs.steps,
         optimizer=state.optimizer,
         teacher=teacher,
-        average_decay=recipe.training.average_decay,
-        learning_rate=recipe.training.learning_rate,
-        precision=recipe.training.precision,
+        average_decay=knobs.average_decay,
+        learning_rate=knobs.learning_rate,
+        precision=knobs.precision,
         seed=recipe.seed,
         state=state,
     )
-    log = _Log(folder / "log.csv", state.step)
+    _follow(steps, state, recipe, folder, text, progress)
+    return load(folder, device)
+
+
+def _follow(
+    steps: Iterator[Step], state: State, recipe: Experiment, folder: Path, text: str, progress: bool
+) -> None:
+    """Take the steps; log, save, show a bar, and stop after a step if the user asks."""
+    log, knobs = _Log(folder / "log.csv", state.step), recipe.training
     with _bar(recipe, folder, state.step, progress) as bar, _patient_ctrl_c() as stopped:
         for step in steps:
             log.add(step.loss.value)
-            last, stop = state.step == recipe.training.steps, stopped.is_set()
-            save = state.step % recipe.training.save_every == 0 or last or stop
+            last, stop = state.step == knobs.steps, stopped.is_set()
+            save = state.step % knobs.save_every == 0 or last or stop
             if state.step % LOG_EVERY == 0 or save:
                 loss = log.write(state.step)
                 bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
-                _check_finite(loss, student, state.step, folder)
+                _check_finite(loss, state.student, state.step, folder)
             bar.update()
             if save:
-                checkpoints.save(saved, state, text)
+                checkpoints.save(folder / "checkpoints", state, text)
             if stop and not last:
-                taken = f"step {state.step} of {recipe.training.steps}"
+                taken = f"step {state.step} of {knobs.steps}"
                 raise Interrupted(f"stopped after {taken}; the checkpoint is in {folder}")
-    return load(folder, device)
 
 
 def load(folder: Path | str, device: str = "cpu") -> Run:
@@ -269,7 +277,7 @@ def _initialized(
 ) -> nn.Module:
     """A network whose first weights are a function of the seed; global randomness is untouched."""
     with torch.random.fork_rng([]):
-        torch.manual_seed(seeded(seed, "weights").initial_seed())
+        torch.default_generator.manual_seed(seeded(seed, "weights").initial_seed())
         try:
             net = network.build(shape, classes)
             label = torch.zeros(1, dtype=torch.int64) if classes else None
@@ -280,18 +288,24 @@ def _initialized(
             raise ValueError(f"{network} cannot be built. {error!s}".splitlines()[0]) from error
 
 
-def _claim(folder: Path, recipe: Experiment, data: Data, resume: bool, overwrite: bool) -> None:
+def _claim(
+    folder: Path, recipe: Experiment, inputs: dict[str, str], resume: bool, overwrite: bool
+) -> None:
     """Make sure that no run is lost by writing into this folder."""
     there, saved = folder / "experiment.toml", folder / "checkpoints"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; --out names the folder of a run")
-    if recipe.teacher is not None and folder.resolve() == Path(recipe.teacher).resolve():
-        raise ValueError(f"{folder} holds the teacher of this run; --out names another folder")
+    if recipe.teacher is not None:
+        path = Path(recipe.teacher).resolve()
+        if folder.resolve() in (path, *path.parents[:2]):
+            raise ValueError(f"{folder} holds the teacher of this run; --out names another folder")
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; choose one")
     if resume:
-        _check_same(folder, there, recipe, data)
+        _check_same(folder, there, recipe, inputs)
     elif overwrite:
+        if saved.exists() and not there.exists():
+            raise ValueError(f"{saved} is no run of cmbook; --out names another folder")
         for path in (saved, folder / "log.csv", there):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif there.exists() or saved.exists():
@@ -302,8 +316,8 @@ def _claim(folder: Path, recipe: Experiment, data: Data, resume: bool, overwrite
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _check_same(folder: Path, there: Path, recipe: Experiment, data: Data) -> None:
-    """Refuse to go on with a run that was made from another recipe or other data."""
+def _check_same(folder: Path, there: Path, recipe: Experiment, inputs: dict[str, str]) -> None:
+    """Refuse to go on with a run that was made from another recipe, other data or teacher."""
     if not there.is_file():
         raise ValueError(f"there is no run to resume in {folder}; leave out --resume")
     before, record = _recorded(there)
@@ -315,8 +329,13 @@ def _check_same(folder: Path, there: Path, recipe: Experiment, data: Data) -> No
             f"the recipe of {folder} is another one than this: {_difference(before, recipe)}. "
             "Resume with the settings it was started with, or choose another --out"
         )
-    if record["data_sha256"] != data.sha256():
-        raise ValueError(f"{folder} was made from other data than this; choose another --out")
+    for name, found in inputs.items():
+        if record.get(name) != found:
+            what = {"data_sha256": "other data", "teacher_sha256": "another teacher"}[name]
+            raise ValueError(
+                f"{folder} was made from {what} than this; --overwrite makes it anew, --out names "
+                "another folder"
+            )
 
 
 def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
@@ -350,13 +369,23 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _record(folder: Path, recipe: Experiment, data: Data, device: str) -> str:
+def _inputs(data: Data, teacher: Preconditioned | None) -> dict[str, str]:
+    """Fingerprints of what a run is made from, beside its recipe."""
+    inputs = {"data_sha256": data.sha256()}
+    if teacher is not None:
+        inputs["teacher_sha256"] = fingerprint(*teacher.state_dict().values())
+    return inputs
+
+
+def _record(
+    folder: Path, recipe: Experiment, data: Data, inputs: dict[str, str], device: str
+) -> str:
     """Write experiment.toml: the recipe, and what else the numbers depend on."""
     record = {
         "seed": recipe.seed,
         "shape": list(data.shape),
         "classes": data.classes or 0,
-        "data_sha256": data.sha256(),
+        **inputs,
         "threads": torch.get_num_threads(),
         "device": device,
         "cmbook": cmbook.__version__,
@@ -389,9 +418,11 @@ def _check_finite(loss: float, student: nn.Module, step: int, folder: Path) -> N
     """Before each save: what has diverged must not replace a good checkpoint."""
     what = "loss" if not math.isfinite(loss) else "student"
     if what == "loss" or not all(bool(p.isfinite().all()) for p in student.parameters()):
+        good = checkpoints.checkpoints(folder / "checkpoints")
+        last = f"{good[-1]} is still good" if good else "there is no checkpoint yet"
         raise ValueError(
-            f"training has diverged: at step {step} the {what} is no longer finite. Earlier "
-            f"checkpoints in {folder} are still good; a smaller training.optimizer.lr may help"
+            f"training has diverged: at step {step} the {what} is no longer finite; {last}. "
+            "A smaller training.optimizer.lr may help"
         )
 
 

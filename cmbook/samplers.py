@@ -36,7 +36,9 @@ def one_step(
 
     Source: Song et al. (2023), §3, sampling.
     """
-    return consistency(x, x.new_full((len(x),), noise_range.sigma_max), label)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sigma = torch.full((len(x),), noise_range.sigma_max, dtype=dtype, device=x.device)
+    return consistency(x, sigma, label)
 
 
 def identity(x0: Samples) -> Samples:

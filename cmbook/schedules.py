@@ -1,8 +1,9 @@
 """Noise levels and curricula: the grid of Karras et al., and N(k) and μ(k) of Song et al. §5."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -165,6 +166,7 @@ class AdaptiveLevels:
     def __post_init__(self) -> None:
         _check_span(self.start, self.end, least=2)
         _check(0 <= self.start_decay < 1, f"start_decay must lie in [0, 1); got {self.start_decay}")
+        check_choice("mu_variant", self.mu_variant, get_args(MuVariant))
 
     def levels_at(self, clock: Clock) -> int:
         """N(k)."""
@@ -203,6 +205,18 @@ class DoublingLevels:
 
 
 Curriculum = FixedLevels | AdaptiveLevels | DoublingLevels
+
+
+def check_choice(name: str, given: object, choices: Iterable[object]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ValueError: Naming the choices.
+
+    Source: ours.
+    """
+    if given not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {given!r}")
 
 
 def _check(good: bool, message: str) -> None:

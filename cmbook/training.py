@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from cmbook.protocols import (
     PerSample,
     Samples,
 )
+from cmbook.schedules import check_choice
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -114,8 +115,10 @@ def train(
 
     Source: Song et al. (2023), Algorithms 2 and 3: the loop around the loss.
     """
-    _check(student, objective, steps, average_decay)
+    _check(student, objective, steps, average_decay, precision)
     state = state or State.begin(student, optimizer, objective)
+    if state.student is not student or state.optimizer is not optimizer:
+        raise ValueError("the state to go on from belongs to another student or optimizer")
     device = next(student.parameters()).device
     target = frozen_view(student) if state.target is None else state.target
     student.train()
@@ -244,7 +247,9 @@ class RAdam:
 AnyOptimizer = Adam | RAdam
 
 
-def _check(student: Preconditioned, objective: Any, steps: int, average_decay: float) -> None:
+def _check(
+    student: Preconditioned, objective: Any, steps: int, average_decay: float, precision: str
+) -> None:
     ranges: list[NoiseRange] = [student.scalings.noise_range]
     ranges += [objective.noise_range] if hasattr(objective, "noise_range") else []
     if len(set(ranges)) > 1:
@@ -256,3 +261,4 @@ def _check(student: Preconditioned, objective: Any, steps: int, average_decay: f
         raise ValueError(f"steps must be at least 1; got {steps}")
     if not 0 <= average_decay < 1:
         raise ValueError(f"average_decay must lie in [0, 1); got {average_decay}")
+    check_choice("precision", precision, get_args(Precision))

@@ -65,14 +65,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page, its figures and the notebook itself for every notebook."""
     root = Path(config.config_file_path).parent
     learn = next((entry["Learn"] for entry in config.nav or [] if "Learn" in entry), [])
-    for notebook in sorted((root / "notebooks").glob("*.ipynb")):
+    for place, notebook in enumerate(sorted((root / "notebooks").glob("*.ipynb")), 1):
         text, figures = page_of(notebook)
         page = f"learn/{notebook.stem}.md"
         files.append(File.generated(config, page, content=text))
         files.append(File.generated(config, f"learn/{notebook.name}", abs_src_path=str(notebook)))
         for name, png in figures.items():
             files.append(File.generated(config, f"learn/{name}", content=png))
-        learn.append({f"{chapter(notebook)} {title(text)}".strip(): page})
+        learn.insert(place, {f"{chapter(notebook)} {title(text)}".strip(): page})
     return files
 
 

@@ -50,3 +50,20 @@ def separable():
     variances = torch.tensor([[0.15, 0.2], [0.1, 0.2], [0.2, 0.2]], dtype=torch.float64) ** 2
     weights = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
     return GaussianMixture(weights, means, torch.diag_embed(variances))
+
+
+class Spy:
+    """A denoiser that keeps the noise levels and the labels it is told."""
+
+    def __init__(self, denoise):
+        self.denoise, self.sigmas, self.labels = denoise, [], []
+
+    def __call__(self, x, sigma, label=None):
+        self.sigmas.append(sigma)
+        self.labels.append(label)
+        return self.denoise(x, sigma)
+
+
+@pytest.fixture
+def spy():
+    return Spy

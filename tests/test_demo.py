@@ -5,15 +5,32 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from cmbook import demo as module
+from cmbook import (
+    Digits,
+    PerImage,
+    load,
+    multistep,
+    normal,
+    ode_sample,
+    seeded,
+)
+from cmbook import (
+    demo as module,
+)
 from cmbook.demo import Row, demo, table
+from cmbook.evaluation import frechet_distance, nearest_distance, precision_recall
 
 TINY = (
     "training.steps=4",
     "training.batch_size=16",
     'network={kind="ResidualMLP", width=32, depth=1, told=16}',
 )
+MODELS = [
+    "teacher, 35 evaluations", "teacher, forced to 1", "CD, 1 evaluation", "CD, 2 evaluations",
+    "CT, 1 evaluation", "CT, 2 evaluations",
+]  # fmt: skip
 KEYS = [
     "name", "nfe", "ms_per_image", "frechet", "precision", "recall", "nearest_train",
     "seconds_training",
@@ -51,11 +68,64 @@ def test_evaluations_are_counted(report):
 
 
 def test_a_name_says_the_evaluations_that_were_counted(report):
-    names = [row["name"] for row in report["rows"][2:]]
-    assert names == [
-        "teacher, 35 evaluations", "teacher, forced to 1", "CD, 1 evaluation", "CD, 2 evaluations",
-        "CT, 1 evaluation", "CT, 2 evaluations",
-    ]  # fmt: skip
+    assert [row["name"] for row in report["rows"][2:]] == MODELS
+
+
+def by_hand(made, name, label, generator):
+    """The images of a row, from the run on disk."""
+    run = load(made / {"teacher": "edm", "CD": "cd", "CT": "ct"}[name[:7].split(",")[0]])
+    noise_range = run.recipe.noise_range
+    x = noise_range.sigma_max * normal(torch.empty(len(label), 1, 8, 8), generator)
+    if name == "teacher, 35 evaluations":
+        return ode_sample(run.model, x, noise_range, label)
+    if "2" not in name:
+        return run.model(x, torch.full((len(label),), noise_range.sigma_max), label)
+    sigmas = torch.tensor([noise_range.sigma_max, 1.0])
+    return multistep(run.model, x, sigmas, label, noise_range=noise_range, generator=generator)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_measures_the_images_that_its_name_says(made, report, name):
+    digits = Digits().build()
+    real = digits.held_out()
+    images = by_hand(made, name, real.label[:60], seeded(0, "demo", "images")).clamp(-1, 1)
+    (row,) = (row for row in report["rows"] if row["name"] == name)
+    precision, recall = precision_recall(images, real.x)
+    assert row["frechet"] == pytest.approx(frechet_distance(images, real.x), rel=1e-6)
+    assert (row["precision"], row["recall"]) == (precision, recall)
+    assert row["nearest_train"] == pytest.approx(nearest_distance(images, digits.x), rel=1e-6)
+
+
+def test_no_two_rows_of_models_are_the_same(report):
+    assert len({row["frechet"] for row in report["rows"]}) == 8
+
+
+def test_the_picture_shows_ten_digits_of_every_row_from_the_same_noise(made, monkeypatch):
+    drawn, shown = module.plotting.image_rows, {}
+    monkeypatch.setattr(
+        module.plotting, "image_rows", lambda rows, title: shown.update(rows) or drawn(rows, title)
+    )
+    tiny(made)
+    assert list(shown) == ["real", *MODELS]
+    for name in MODELS:
+        generator = PerImage(range(1000, 1010))
+        expected = by_hand(made, name, torch.arange(10), generator)
+        torch.testing.assert_close(shown[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_images_are_clamped_before_they_are_measured(made, monkeypatch):
+    monkeypatch.setattr(module, "IMAGES", 60)
+    digits = Digits().build()
+    loud = 3 * normal(torch.empty(60, 1, 8, 8), seeded(0))
+    row, _ = module.measure("{}", load(made / "cd"), lambda *_: loud, digits, 0)
+    expected = frechet_distance(loud.clamp(-1, 1), digits.held_out().x)
+    assert row.frechet == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_first_row_measures_the_training_digits_against_the_held_out(report):
+    digits = Digits().build()
+    expected = frechet_distance(digits.x, digits.held_out().x)
+    assert report["rows"][0]["frechet"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_training_digits_themselves_have_distance_zero(report):

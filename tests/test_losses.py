@@ -2,24 +2,26 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from cmbook.distances import L2, PseudoHuber
-from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
+from cmbook.losses import EDM, AnyObjective, ConsistencyDistillation, ConsistencyTraining
 from cmbook.losses.regression import Dropout, neighbors, same_noise
 from cmbook.networks import MLP, ResidualMLP
-from cmbook.noise import NoiseRange, PerImage, Replay, add_noise, normal, seeded
+from cmbook.noise import LogNormal, NoiseRange, PerImage, Replay, add_noise, normal, seeded
 from cmbook.ode import euler_step, heun_step
 from cmbook.oracle import Gaussian
 from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
 from cmbook.protocols import Batch, Clock, Models
-from cmbook.schedules import FixedLevels
+from cmbook.schedules import AdaptiveLevels, FixedLevels
 
 WORLD = Gaussian.isotropic([0.3], 0.5)
 CLOCK = Clock(0, 10)
+OBJECTIVES = [kind() for kind in get_args(AnyObjective)]
 
 
 def model(scalings, seed=0, shape=(2,), net=None) -> Preconditioned:
@@ -130,6 +132,86 @@ def test_distillation_is_the_algorithm_box_by_hand(solver):
     assert torch.equal(loss.sigma, t[n])
 
 
+def test_training_is_the_algorithm_box_by_hand():
+    """N(3) of 10 is 18: √(0.3 (31² - 2²) + 2²) - 1 = 16.06, rounded up, and 1."""
+    noise_range = NoiseRange(sigma_max=20.0)
+    student, target = (model(ConsistencyScalings(noise_range), seed) for seed in (2, 3))
+    batch = Batch(normal(torch.empty(5, 2), seeded(0)))
+    z, n = normal(torch.empty(5, 2), seeded(1)), torch.tensor([0, 3, 5, 8, 16])
+    objective = ConsistencyTraining(
+        noise_range, AdaptiveLevels(2, 30), distance=PseudoHuber(0.1), weight="inverse_gap"
+    )
+    replay = Replay(normals=[z], integers=[n])
+    loss = objective(Models(student, target), batch, clock=Clock(3, 10), generator=replay)
+
+    t = noise_range.grid(18).float()
+    x, x_next = (batch.x + t[i][:, None] * z for i in (n, n + 1))
+    gap = (student(x, t[n]) - target(x_next, t[n + 1])).square().sum(1)
+    expected = ((gap + 0.01).sqrt() - 0.1) / (t[n] - t[n + 1])
+    torch.testing.assert_close(loss.per_sample, expected.detach())
+    torch.testing.assert_close(loss.value, expected.mean())
+    assert torch.equal(loss.sigma, t[n])
+
+
+@pytest.mark.parametrize(
+    ("weight", "by_hand"),
+    [("karras", lambda s: 1 / s**2 + 1 / 0.3**2), ("snr", lambda s: 1 / s**2)],
+    ids=["karras", "snr"],
+)
+def test_denoising_is_equation_2_by_hand(weight, by_hand):
+    noise_range = NoiseRange(sigma_max=20.0, sigma_data=0.3)
+    student = model(EDMScalings(noise_range), 2)
+    batch = Batch(normal(torch.empty(5, 2), seeded(0)))
+    z, u = normal(torch.empty(5, 2), seeded(1)), normal(torch.empty(5, 1), seeded(2))[:, 0]
+    objective = EDM(noise_range, LogNormal(-0.5, 0.7), PseudoHuber(0.1), weight)
+    loss = objective(Models(student), batch, clock=CLOCK, generator=Replay(normals=[u, z]))
+
+    sigma = (-0.5 + 0.7 * u).exp()
+    gap = (student(batch.x + sigma[:, None] * z, sigma) - batch.x).square().sum(1)
+    expected = by_hand(sigma) * ((gap + 0.01).sqrt() - 0.1)
+    torch.testing.assert_close(loss.per_sample, expected.detach())
+    torch.testing.assert_close(loss.value, expected.mean())
+    torch.testing.assert_close(loss.sigma, sigma)
+
+
+@pytest.mark.parametrize(
+    ("step", "mu"), [(0, 0.9), (1, 0.93217), (8000, 0.98692), (400_000, 0.99803)]
+)
+def test_the_target_of_training_decays_as_the_table_of_its_curriculum(step, mu):
+    objective = ConsistencyTraining(curriculum=AdaptiveLevels(2, 150, 0.9))
+    assert objective.target_decay(Clock(step, 800_000)) == pytest.approx(mu, abs=6e-6)
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_the_target_of_distillation_decays_at_one_rate(step):
+    assert ConsistencyDistillation(decay=0.7).target_decay(Clock(step, 10)) == 0.7
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_model_is_told_the_class(objective, spy):
+    student, target, teacher = (spy(WORLD.denoiser) for _ in range(3))
+    label = torch.tensor([2, 0, 1])
+    batch = Batch(torch.ones(3, 1), label)
+    objective(Models(student, target, teacher), batch, clock=CLOCK, generator=seeded(0))
+    assert student.labels
+    assert all(told is label for m in (student, target, teacher) for told in m.labels)
+
+
+@pytest.mark.parametrize(
+    ("objective", "evaluations"),
+    [
+        (EDM(), (1, 0, 0)),
+        (ConsistencyDistillation(solver="heun"), (1, 1, 2)),
+        (ConsistencyDistillation(solver="euler"), (1, 1, 1)),
+        (ConsistencyTraining(), (1, 1, 0)),
+    ],
+)
+def test_a_step_takes_these_evaluations_of_student_target_and_teacher(objective, evaluations, spy):
+    spies = [spy(WORLD.denoiser) for _ in range(3)]
+    objective(Models(*spies), Batch(torch.ones(3, 1)), clock=CLOCK, generator=seeded(0))
+    assert tuple(len(s.labels) for s in spies) == evaluations
+
+
 @pytest.mark.parametrize("objective", [ConsistencyDistillation(levels=5), ConsistencyTraining()])
 def test_only_the_student_gets_gradients(objective, generator):
     teacher = model(EDMScalings(), 0)
@@ -159,7 +241,7 @@ def test_at_the_last_interval_the_target_is_its_input_for_any_weights(objective)
     assert len(values) == 1
 
 
-@pytest.mark.parametrize("objective", [EDM(), ConsistencyDistillation(), ConsistencyTraining()])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_loss_repeats_under_the_same_generator(objective):
     student, teacher = model(ConsistencyScalings(), 0), model(EDMScalings(), 1)
     batch = Batch(torch.ones(16, 2))
@@ -171,7 +253,7 @@ def test_a_loss_repeats_under_the_same_generator(objective):
     assert not torch.equal(losses[0].per_sample, losses[2].per_sample)
 
 
-@pytest.mark.parametrize("objective", [EDM(), ConsistencyDistillation(), ConsistencyTraining()])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_sample_s_loss_does_not_depend_on_its_batch(objective):
     student, teacher = model(ConsistencyScalings(), 0), model(EDMScalings(), 1)
     models = Models(student, student, teacher)

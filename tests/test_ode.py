@@ -119,3 +119,43 @@ def test_a_walk_up_and_down_returns(gaussian):
     ones = torch.ones(5, dtype=torch.float64)
     there = gaussian.flow_map(x, ones, 30 * ones)
     torch.testing.assert_close(gaussian.flow_map(there, 30 * ones, ones), x)
+
+
+HALF = torch.tensor([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("walked", "evaluations"),
+    [
+        (lambda model, x, label: euler_step(model, x, 2 * HALF, HALF, label), 1),
+        (lambda model, x, label: heun_step(model, x, 2 * HALF, HALF, label), 2),
+        (lambda model, x, label: heun_step(model, x, HALF, 0 * HALF, label), 2),
+        (lambda model, x, label: solve(model, x, NoiseRange().grid(4), label, solver="euler"), 3),
+        (lambda model, x, label: solve(model, x, NoiseRange().grid(4), label, solver="heun"), 6),
+        (lambda model, x, label: trace(model, x, NoiseRange().grid(4), label), 6),
+    ],
+    ids=["euler step", "heun step", "heun step to 0", "euler", "heun", "trace"],
+)
+def test_every_evaluation_is_told_the_class(gaussian, spy, walked, evaluations):
+    model, label = spy(gaussian.denoiser), torch.tensor([2, 0])
+    walked(model, torch.ones(2, 2), label)
+    assert len(model.labels) == evaluations
+    assert all(told is label for told in model.labels)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_levels_come_in_the_dtype_of_the_samples_but_never_below_float32(
+    gaussian, spy, solver, samples, told
+):
+    model = spy(gaussian.denoiser)
+    end = solve(model, torch.ones(1, 2, dtype=samples), NoiseRange().grid(4), solver=solver)
+    assert {sigma.dtype for sigma in model.sigmas} == {told}
+    assert end.dtype == samples

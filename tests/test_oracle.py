@@ -5,10 +5,12 @@ import time
 import pytest
 import torch
 from scipy import stats
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from cmbook import oracle
 from cmbook.data import WORLDS
-from cmbook.noise import normal, seeded
+from cmbook.noise import NoiseRange, normal, seeded
+from cmbook.ode import solve
 from cmbook.oracle import Gaussian, GaussianMixture
 
 
@@ -95,6 +97,77 @@ def test_narrow_modes_are_solved_as_well_as_by_a_thousandfold_tolerance(monkeypa
     assert float(errors.max()) < 1e-6
 
 
+# In three dimensions the axes of Σ are no reflection: taking their transpose is another rotation.
+
+_A = 0.6 * normal(torch.empty(3, 3, 3, dtype=torch.float64), seeded(7))
+_STD = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+EYE = torch.eye(3, dtype=torch.float64)
+MEANS = normal(torch.empty(3, 3, dtype=torch.float64), seeded(8))
+SHARES = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+TURNED, ROUND = _A @ _A.mT, _STD[:, None, None] ** 2 * EYE
+SOLID = {
+    "gaussian": (Gaussian(MEANS[0], TURNED[0]), TURNED[:1]),
+    "mixture": (GaussianMixture(SHARES, MEANS, TURNED), TURNED),
+    "round mixture": (GaussianMixture.isotropic(MEANS, _STD, SHARES), ROUND),
+}
+
+
+def as_torch_knows_it(covariances, sigma, components=None):
+    """The noisy world, or some of its components, as a distribution of torch."""
+    components = components or slice(len(covariances))
+    normals = MultivariateNormal(MEANS[components], covariances[components] + sigma**2 * EYE)
+    return MixtureSameFamily(Categorical(SHARES[components]), normals)
+
+
+def check_density_score_and_denoiser(world, truth, sigma, *label):
+    x = 2 * normal(torch.empty(32, 3, dtype=torch.float64), seeded(1))
+    density = truth.log_prob(x.requires_grad_(True))
+    (slope,) = torch.autograd.grad(density.sum(), x)
+    args = (x.detach(), full(32, sigma), *label)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(world.log_density(*args), density.detach(), **tolerance)
+    torch.testing.assert_close(world.score(*args), slope, **tolerance)
+    torch.testing.assert_close(world.denoiser(*args), args[0] + sigma**2 * slope, **tolerance)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.7, 20.0])
+@pytest.mark.parametrize("name", SOLID)
+def test_a_solid_world_has_the_density_that_torch_gives_it(name, sigma):
+    world, covariances = SOLID[name]
+    check_density_score_and_denoiser(world, as_torch_knows_it(covariances, sigma), sigma)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("name", ["mixture", "round mixture"])
+def test_a_component_of_a_solid_world_has_the_density_that_torch_gives_it(name, k):
+    world, covariances = SOLID[name]
+    truth = as_torch_knows_it(covariances, 0.7, slice(k, k + 1))
+    check_density_score_and_denoiser(world, truth, 0.7, torch.full((32,), k))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.7])
+@pytest.mark.parametrize("name", SOLID)
+def test_samples_of_a_solid_world_have_its_means_and_covariances(name, sigma):
+    world, covariances = SOLID[name]
+    x, label = world.sample(200_000, sigma, generator=seeded(3))
+    for k, covariance in enumerate(covariances):
+        own, noisy = x[label == k], covariance + sigma**2 * EYE
+        torch.testing.assert_close(own.mean(0), MEANS[k], rtol=0, atol=0.03)
+        torch.testing.assert_close(own.T.cov(), noisy, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", SOLID)
+def test_paths_of_a_solid_world_are_those_of_a_fine_walk(name):
+    world, _ = SOLID[name]
+    x = world.sample(16, 5.0, generator=seeded(0)).x
+    walked = solve(world.denoiser, x, NoiseRange(0.1, 5.0).grid(1000))
+    there = world.flow_map(x, full(16, 5.0), full(16, 0.1))
+    torch.testing.assert_close(there, walked, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        world.consistency(x, full(16, 5.0), sigma_end=0.1), there, rtol=1e-9, atol=1e-9
+    )
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_toy_world_is_consistent_with_itself(name):
     """The score is the slope of the log density, and D = x + σ² score."""
@@ -175,13 +248,15 @@ def test_a_flow_map_reaches_sigma_zero(separable):
     torch.testing.assert_close(zero, near, rtol=0, atol=1e-6)
 
 
-def test_the_jacobian_is_the_slope_of_the_consistency_function(separable):
-    x = separable.sample(16, 1.0, generator=seeded(2)).x
+@pytest.mark.parametrize("d", [2, 3])
+def test_the_jacobian_is_the_slope_of_the_consistency_function(separable, d):
+    world = {2: separable, 3: SOLID["mixture"][0]}[d]
+    x = world.sample(16, 1.0, generator=seeded(2)).x
     sigma = full(16, 1.0)
-    jacobian = separable.consistency_jacobian(x, sigma)
-    for j in range(2):
-        shift = 1e-5 * torch.eye(2, dtype=torch.float64)[j]
-        ends = [separable.consistency(x + s * shift, sigma) for s in (1, -1)]
+    jacobian = world.consistency_jacobian(x, sigma)
+    for j in range(d):
+        shift = 1e-5 * torch.eye(d, dtype=torch.float64)[j]
+        ends = [world.consistency(x + s * shift, sigma) for s in (1, -1)]
         slope = (ends[0] - ends[1]) / 2e-5
         torch.testing.assert_close(jacobian[:, :, j], slope, rtol=1e-4, atol=1e-4)
 

@@ -36,10 +36,23 @@ def test_scalings_equal_the_official_ones(golden, kind, scalings, name, dtype, r
 
 
 @pytest.mark.parity
-def test_the_official_time_input_is_a_thousand_times_ours(golden):
+@pytest.mark.parametrize(
+    ("scalings", "least"), [(EDMScalings(), 0.0), (ConsistencyScalings(), 0.002)]
+)
+def test_the_official_time_input_is_a_thousand_times_ours(golden, scalings, least):
     stored = golden("scalings")
-    ours = 1000 * EDMScalings().c_noise(stored["sigma_f64"])
-    torch.testing.assert_close(ours, stored["rescaled_t_f64"], rtol=1e-9, atol=1e-9)
+    sigma, official = stored["sigma_f64"], stored["rescaled_t_f64"]
+    ours = 1000 * scalings.c_noise(sigma)
+    kept = sigma >= least
+    assert int(kept.sum()) > 20
+    torch.testing.assert_close(ours[kept], official[kept], rtol=1e-9, atol=1e-9)
+
+
+def test_a_consistency_model_takes_levels_below_sigma_min_for_sigma_min():
+    scalings = ConsistencyScalings(NoiseRange(sigma_min=0.1))
+    below, least = torch.tensor([0.0, 0.01, 0.1]), torch.full((3,), 0.1)
+    for name in ("c_skip", "c_out", "c_in", "c_noise"):
+        assert torch.equal(getattr(scalings, name)(below), getattr(scalings, name)(least))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-9, 0.001, 0.002])

@@ -222,6 +222,37 @@ def test_a_run_can_be_moved_to_another_folder(copied, tmp_path):
     assert make(CT_RUN, moved, resume=True).finished
 
 
+def test_a_loaded_model_is_the_average_and_not_the_student(finished):
+    path = finished / "checkpoints" / "step-00000006"
+    loaded = load(finished).model.state_dict()
+    average, student = (checkpoints.read_weights(path, name) for name in ("average", "student"))
+    assert loaded.keys() == average.keys()
+    assert all(torch.equal(loaded[name], average[name]) for name in average)
+    assert not any(torch.equal(student[name], average[name]) for name in average)
+
+
+def test_a_loaded_model_does_not_drop_out(tmp_path):
+    model = make(replace(TARGETED_RUN, training=replace(TRAINING, steps=2)), tmp_path).model
+    x, sigma = torch.ones(4, 2), torch.full((4,), 5.0)
+    assert not model.training
+    assert torch.equal(model(x, sigma), model(x, sigma))
+    assert not torch.equal(model.train()(x, sigma), model(x, sigma))
+
+
+def test_a_student_drops_out_and_its_teacher_does_not(tmp_path, monkeypatch):
+    network = ResidualMLP(16, 1, 8, dropout=0.5)
+    make(replace(EDM_RUN, network=network, training=replace(TRAINING, steps=1)), tmp_path / "edm")
+    called, modes = ConsistencyDistillation.__call__, []
+
+    def spied(self, models, batch, **knobs):
+        modes.append((models.student.training, models.teacher.training))
+        return called(self, models, batch, **knobs)
+
+    monkeypatch.setattr(ConsistencyDistillation, "__call__", spied)
+    make(cd_run(tmp_path / "edm"), tmp_path / "cd")
+    assert modes == [(True, False)] * 6
+
+
 # nothing is lost
 
 
@@ -286,8 +317,19 @@ def edit(path, old, new):
 
 def test_resuming_with_other_data_is_refused(copied):
     edit(copied / "experiment.toml", Toy().build().sha256(), "0" * 64)
-    with pytest.raises(ValueError, match="was made from other data"):
+    with pytest.raises(ValueError, match=r"was made from .*data than this"):
         make(CT_RUN, copied, resume=True)
+
+
+def test_resuming_with_another_teacher_in_the_same_place_is_refused(tmp_path):
+    short = replace(EDM_RUN, training=replace(TRAINING, steps=1))
+    recipe = cd_run(tmp_path / "edm")
+    make(short, tmp_path / "edm")
+    make(recipe, tmp_path / "cd")
+    assert make(recipe, tmp_path / "cd", resume=True).finished
+    make(replace(short, seed=1), tmp_path / "edm", overwrite=True)
+    with pytest.raises(ValueError, match=r"was made from .*teacher than this"):
+        make(recipe, tmp_path / "cd", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -378,12 +420,18 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path, change, messa
 
 
 @pytest.mark.parametrize(
-    ("recipe", "network"),
-    [(CT_RUN, MLP(-1, 2)), (DIGITS_RUN, UNet(heads=-1)), (DIGITS_RUN, UNet(channels=3))],
-    ids=["width", "heads", "channels"],
+    ("recipe", "network", "message"),
+    [
+        (DIGITS_RUN, UNet(channels=3), "3 channels cannot be shared among 4 heads"),
+        (DIGITS_RUN, UNet(multipliers=(1,) * 5), "sides divisible by 16"),
+        (CT_RUN, MLP(2**40, 2), r"MLP\(width=1099511627776, depth=2\) cannot be built"),
+    ],
+    ids=["heads", "sides", "memory"],
 )
-def test_a_network_that_cannot_work_is_refused_before_the_folder_is_made(tmp_path, recipe, network):
-    with pytest.raises(ValueError, match=r"MLP|UNet|channels|heads"):
+def test_a_network_that_cannot_work_is_refused_before_the_folder_is_made(
+    tmp_path, recipe, network, message
+):
+    with pytest.raises(ValueError, match=message):
         make(replace(recipe, network=network), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -423,6 +471,16 @@ def test_one_step_is_one_evaluation_at_sigma_max(finished):
     x = 10.0 * torch.randn(4, 2, generator=seeded(3))
     expected = made.model(x, torch.full((4,), 10.0))
     assert torch.equal(made.sample(4, generator=seeded(3)), expected)
+
+
+def test_a_model_that_is_sampled_is_told_the_class(sampled):
+    made, label = sampled
+    told = []
+    hook = made.model.register_forward_pre_hook(lambda model, args: told.append(args[2]))
+    made.sample(10, label, generator=seeded(0))
+    hook.remove()
+    assert told
+    assert all(t is label for t in told)
 
 
 @pytest.mark.parametrize("steps", [0, 3, -1])

@@ -159,3 +159,51 @@ def test_samplers_build_no_graph(generator):
     x = normal(torch.empty(2, 2), generator)
     assert not one_step(model, x, RANGE).requires_grad
     assert not ode_sample(model, x, RANGE, levels=3).requires_grad
+
+
+SAMPLERS = {
+    "one step": lambda model, x, label: one_step(model, x, RANGE, label),
+    "multistep": lambda model, x, label: multistep(
+        model, x, torch.tensor([80.0, 10.0, 1.0]), label, noise_range=RANGE, generator=seeded(0)
+    ),
+    "heun": lambda model, x, label: ode_sample(model, x, RANGE, label, levels=3),
+    "euler": lambda model, x, label: ode_sample(model, x, RANGE, label, levels=3, solver="euler"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"), [("one step", 1), ("multistep", 3), ("heun", 5), ("euler", 3)]
+)
+def test_every_evaluation_is_told_the_class(gaussian, spy, name, evaluations):
+    model, label = spy(gaussian.denoiser), torch.tensor([2, 0])
+    SAMPLERS[name](model, torch.ones(2, 2), label)
+    assert len(model.labels) == evaluations
+    assert all(told is label for told in model.labels)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("samples", [torch.bfloat16, torch.float32])
+def test_levels_are_never_below_float32(gaussian, spy, name, samples):
+    model = spy(gaussian.denoiser)
+    x0 = SAMPLERS[name](model, torch.ones(2, 2, dtype=samples), torch.tensor([2, 0]))
+    assert {sigma.dtype for sigma in model.sigmas} == {torch.float32}
+    assert x0.dtype == samples
+
+
+def test_the_prior_is_noise_of_standard_deviation_sigma_max():
+    wide = NoiseRange(sigma_max=20.0)
+    x = prior(torch.empty(POINTS, 1), wide, seeded(0))
+    assert stats.kstest((x[:, 0] / 20.0).numpy(), "norm").pvalue > 1e-3
+    noise = torch.tensor([[1.0, -2.0]])
+    assert prior(noise, wide, Replay(normals=[noise])).tolist() == [[20.0, -40.0]]
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.001, 0.0])
+def test_steps_at_or_below_sigma_min_change_nothing(gaussian, generator, sigma):
+    """There is no noise to add, and the exact function is the identity."""
+    x = prior(torch.empty(4, 2, dtype=torch.float64), RANGE, generator)
+    x0 = multistep(
+        gaussian.consistency, x, torch.tensor([80.0, sigma], dtype=torch.float64),
+        noise_range=RANGE, generator=generator,
+    )  # fmt: skip
+    torch.testing.assert_close(x0, one_step(gaussian.consistency, x, RANGE), rtol=0, atol=1e-9)

@@ -131,6 +131,22 @@ def test_doubling_survives_a_training_shorter_than_its_stages():
     assert DoublingLevels(10, 1280).levels_at(Clock(2, 3)) == 41
 
 
+@pytest.mark.parametrize("end", [150, 155])
+def test_doubling_levels_stop_at_their_end(end):
+    """K′ = ⌊K/(log2 ⌊s1/s0⌋ + 1)⌋, and ⌊s1/s0⌋ = 15 for both."""
+    curriculum, steps = DoublingLevels(10, end), 400_000
+    every = math.floor(steps / (math.log2(15) + 1))
+    for stage, levels in enumerate([11, 21, 41, 81, end + 1]):
+        first, last = every * stage, min(every * (stage + 1), steps) - 1
+        assert curriculum.levels_at(Clock(first, steps)) == levels
+        assert curriculum.levels_at(Clock(last, steps)) == levels
+
+
+def test_adaptive_levels_follow_the_paper_unless_told():
+    assert AdaptiveLevels().decay_at(Clock(0, 1)) == pytest.approx(0.9, abs=1e-12)
+    assert AdaptiveLevels(mu_variant="code").decay_at(Clock(0, 1)) == pytest.approx(0.81, abs=1e-12)
+
+
 def test_fixed_levels_stay():
     curriculum = FixedLevels(40, 0.95)
     assert (curriculum.levels_at(Clock(7, 9)), curriculum.decay_at(Clock(7, 9))) == (40, 0.95)

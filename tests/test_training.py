@@ -1,6 +1,7 @@
 """Training: every method learns, nothing leaks into the teacher, and precision cancels."""
 
 from copy import deepcopy
+from typing import get_args
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from cmbook import (
     seeded,
     train,
 )
+from cmbook.losses import AnyObjective
 from cmbook.losses.regression import self_consistency
 from cmbook.training import Adam, LearningRate, RAdam, State, frozen_copy, frozen_view
 
@@ -92,6 +94,24 @@ def test_fifty_steps_bring_every_method_nearer_to_the_truth(method):
     objective = METHODS[method]
     untrained, _ = begin(objective)
     assert error(steps(objective, 50).average, objective) < 0.9 * error(untrained, objective)
+
+
+@pytest.mark.parametrize("kind", get_args(AnyObjective))
+def test_every_objective_of_the_union_trains(kind):
+    last = steps(kind(RANGE), 2, teacher=RING.world.denoiser)
+    assert (last.state.step, last.loss.value.isfinite().item()) == (2, True)
+    assert all(bool(p.isfinite().all()) for p in last.state.student.parameters())
+
+
+@pytest.mark.parametrize("kind", get_args(AnyObjective))
+def test_every_objective_of_the_union_names_its_source(kind):
+    assert "Source: " in kind.__doc__
+
+
+@pytest.mark.parametrize("clock", [Clock(0, 1), Clock(0, 100), Clock(50, 100), Clock(99, 100)])
+@pytest.mark.parametrize("kind", get_args(AnyObjective))
+def test_the_target_decay_of_every_objective_of_the_union_lies_below_1(kind, clock):
+    assert 0 <= kind(RANGE).target_decay(clock) < 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,6 +213,26 @@ def test_blend_copies_buffers():
     model.running_mean.fill_(5.0)
     blend(average, model, 0.9)
     assert average.running_mean.item() == 5.0
+
+
+def test_a_frozen_view_is_the_model_without_a_graph():
+    model = built(MLP(16, 2))
+    x, sigma = torch.ones(3, 2, requires_grad=True), torch.tensor([0.1, 1.0, 5.0])
+    frozen = frozen_view(model)(x, sigma)
+    assert model(x, sigma).requires_grad
+    assert not frozen.requires_grad
+    assert torch.equal(frozen, model(x, sigma))
+
+
+def test_a_frozen_view_keeps_forward_mode_derivatives():
+    model = built(MLP(16, 2))
+    sigma, along = torch.ones(3), torch.ones(3, 2)
+    slopes = [
+        torch.func.jvp(lambda x, f=f: f(x, sigma), (torch.ones(3, 2),), (along,))[1]
+        for f in (model, frozen_view(model))
+    ]
+    assert float(slopes[0].detach().abs().min()) > 0
+    torch.testing.assert_close(slopes[1], slopes[0].detach())
 
 
 @pytest.mark.parametrize("method", ["edm", "cd", "ct"])

@@ -9,7 +9,8 @@ from cmbook.losses.regression import neighbors, self_consistency
 from cmbook.noise import NoiseRange, add_noise, normal
 from cmbook.ode import SOLVERS, Solver
 from cmbook.protocols import Batch, Clock, Distance, Generator, Loss, Models, Pair
-from cmbook.weights import Weight
+from cmbook.schedules import check_choice
+from cmbook.weights import WEIGHTS, Weight
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ConsistencyDistillation:
 
     def __post_init__(self) -> None:
         self.noise_range.grid(self.levels)
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("weight", self.weight, WEIGHTS)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1); got {self.decay}")
 

@@ -6,8 +6,8 @@ from cmbook.distances import L2
 from cmbook.losses.regression import neighbors, same_noise, self_consistency
 from cmbook.noise import NoiseRange
 from cmbook.protocols import Batch, Clock, Distance, Generator, Loss, Models
-from cmbook.schedules import AdaptiveLevels, Curriculum
-from cmbook.weights import Weight
+from cmbook.schedules import AdaptiveLevels, Curriculum, check_choice
+from cmbook.weights import WEIGHTS, Weight
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class ConsistencyTraining:
     curriculum: Curriculum = AdaptiveLevels()
     distance: Distance = L2()
     weight: Weight = "uniform"
+
+    def __post_init__(self) -> None:
+        check_choice("weight", self.weight, WEIGHTS)
 
     def target_decay(self, clock: Clock) -> float:
         """μ(k)."""

@@ -6,6 +6,7 @@ from cmbook.distances import L2
 from cmbook.losses.regression import Dropout, regress
 from cmbook.noise import LogNormal, NoiseRange, add_noise, normal
 from cmbook.protocols import Batch, Clock, Distance, Generator, Loss, Models
+from cmbook.schedules import check_choice
 from cmbook.weights import WEIGHTS, Weight
 
 
@@ -31,6 +32,10 @@ class EDM:
     sigma_law: LogNormal = LogNormal()
     distance: Distance = L2()
     weight: Weight = "karras"
+
+    def __post_init__(self) -> None:
+        # one noise level has no gap to the next
+        check_choice("weight", self.weight, [name for name in WEIGHTS if name != "inverse_gap"])
 
     def target_decay(self, clock: Clock) -> float:
         """0: there is no target network."""

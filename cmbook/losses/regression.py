@@ -106,8 +106,11 @@ class Dropout:
         fork: AbstractContextManager[None] = torch.random.fork_rng(devices)
         self.stack.enter_context(fork)
         self.before = self._state()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
+        if self.seed is not None:  # only what was saved: torch.manual_seed would seed every device
+            torch.default_generator.manual_seed(self.seed)
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.seed)
 
     def __exit__(
         self,
