@@ -4,7 +4,6 @@ import os
 
 # Before torch is imported: waiting threads sleep, so that parallel tests do not starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("MPLBACKEND", "agg")
 
 from pathlib import Path
 
