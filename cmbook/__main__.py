@@ -1,5 +1,6 @@
 """The command line: cmbook demo | train | sample | configs."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     try:
         command()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _stop(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except ValueError as error:

@@ -28,6 +28,7 @@ from cmbook.protocols import (
     Weights,
 )
 
+_TINY = 1e-150  # in place of a variance of 0: a point mass without noise
 SIGMA_END = 0.002  # ε of the paper: where the consistency functions below end, unless told
 
 
@@ -148,7 +149,7 @@ class Gaussian:
         return self._eigen[1]
 
     def _variance(self, sigma: PerSample) -> Tensor:
-        return self._lengths + sigma.double()[:, None] ** 2
+        return (self._lengths + sigma.double()[:, None] ** 2).clamp(min=_TINY)
 
     def _scaled(self, x: Samples, factors: Tensor, shift: bool = True) -> Samples:
         """Stretch x - m along the axes of Σ, and put m back."""
@@ -296,7 +297,7 @@ class GaussianMixture:
 
     def _round_score(self, x: Tensor, sigma: Tensor, variances: Tensor) -> Tensor:
         """The same without axes: k numbers a point in place of k vectors, several times faster."""
-        means, variance = self.means.double(), variances + (sigma**2)[:, None]
+        means, variance = self.means.double(), (variances + (sigma**2)[:, None]).clamp(min=_TINY)
         squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
         joint = self._log_weights - 0.5 * (squared / variance + x.shape[1] * variance.log())
         pull = joint.softmax(1) / variance
@@ -307,7 +308,7 @@ class GaussianMixture:
         along = (x @ self._axes.permute(1, 0, 2).flatten(1) - self._centers).unflatten(
             1, self.means.shape
         )
-        variance = self._lengths + (sigma**2)[:, None, None]
+        variance = (self._lengths + (sigma**2)[:, None, None]).clamp(min=_TINY)
         return self._log_weights + _log_normal(along, variance), along / variance
 
     def _checked(self, label: Labels) -> Labels:

@@ -122,10 +122,28 @@ def test_images_are_clamped_before_they_are_measured(made, monkeypatch):
     assert row.frechet == pytest.approx(expected, rel=1e-6)
 
 
+def test_images_have_the_held_out_classes_and_the_picture_one_of_each(made, monkeypatch):
+    monkeypatch.setattr(module, "IMAGES", 1500)
+    digits, told = Digits().build(), []
+
+    def sampler(model, x, label, generator):
+        told.append(label)
+        return model(x, torch.ones(len(x)), label)
+
+    row, picture = module.measure("{}", load(made / "ct"), sampler, digits, 0)
+    held_out = digits.held_out().label
+    assert torch.equal(torch.cat(told[:-1]), torch.cat([held_out] * 3)[:1500])
+    assert told[-1].tolist() == list(range(10))
+    assert (row.name, row.nfe, len(picture)) == ("1", 1, 10)
+
+
 def test_the_first_row_measures_the_training_digits_against_the_held_out(report):
     digits = Digits().build()
-    expected = frechet_distance(digits.x, digits.held_out().x)
-    assert report["rows"][0]["frechet"] == pytest.approx(expected, rel=1e-6)
+    real, row = digits.held_out().x, report["rows"][0]
+    precision, recall = precision_recall(digits.x, real)
+    assert precision != recall
+    assert (row["precision"], row["recall"]) == (precision, recall)
+    assert row["frechet"] == pytest.approx(frechet_distance(digits.x, real), rel=1e-6)
 
 
 def test_the_training_digits_themselves_have_distance_zero(report):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmbook.distances import L2, PseudoHuber
+from cmbook.distances import L2, Norm, PseudoHuber
 from cmbook.losses import EDM, AnyObjective, ConsistencyDistillation, ConsistencyTraining
 from cmbook.losses.regression import Dropout, neighbors, same_noise
 from cmbook.networks import MLP, ResidualMLP
@@ -108,15 +108,22 @@ def test_neighbors_are_float32_for_half_precision_samples(generator):
     assert sigma.dtype == torch.float32
 
 
+BY_HAND = {
+    "inverse_gap": lambda s, s_next: 1 / (s - s_next),
+    "karras": lambda s, s_next: 1 / s**2 + 1 / 0.3**2,
+}
+
+
+@pytest.mark.parametrize("weight", BY_HAND)
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_distillation_is_the_algorithm_box_by_hand(solver):
-    noise_range = NoiseRange(sigma_max=20.0)
+def test_distillation_is_the_algorithm_box_by_hand(solver, weight):
+    noise_range = NoiseRange(sigma_max=20.0, sigma_data=0.3)
     teacher = model(EDMScalings(noise_range), 1)
     student, target = (model(ConsistencyScalings(noise_range), seed) for seed in (2, 3))
     batch = Batch(normal(torch.empty(5, 2), seeded(0)))
     z, n = normal(torch.empty(5, 2), seeded(1)), torch.tensor([0, 3, 5, 8, 9])
     objective = ConsistencyDistillation(
-        noise_range, levels=11, solver=solver, distance=PseudoHuber(0.1), weight="inverse_gap"
+        noise_range, levels=11, solver=solver, distance=Norm(), weight=weight
     )
     replay = Replay(normals=[z], integers=[n])
     loss = objective(Models(student, target, teacher), batch, clock=CLOCK, generator=replay)
@@ -125,29 +132,30 @@ def test_distillation_is_the_algorithm_box_by_hand(solver):
     x = add_noise(batch.x, z, t[n])
     step = {"euler": euler_step, "heun": heun_step}[solver]
     x_hat = step(teacher, x, t[n], t[n + 1])
-    gap = (student(x, t[n]) - target(x_hat, t[n + 1])).square().sum(1)
-    expected = ((gap + 0.01).sqrt() - 0.1) / (t[n] - t[n + 1])
+    gap = (student(x, t[n]) - target(x_hat, t[n + 1])).square().sum(1).sqrt()
+    expected = BY_HAND[weight](t[n], t[n + 1]) * gap
     torch.testing.assert_close(loss.per_sample, expected.detach())
     torch.testing.assert_close(loss.value, expected.mean())
     assert torch.equal(loss.sigma, t[n])
 
 
-def test_training_is_the_algorithm_box_by_hand():
+@pytest.mark.parametrize("weight", BY_HAND)
+def test_training_is_the_algorithm_box_by_hand(weight):
     """N(3) of 10 is 18: √(0.3 (31² - 2²) + 2²) - 1 = 16.06, rounded up, and 1."""
-    noise_range = NoiseRange(sigma_max=20.0)
+    noise_range = NoiseRange(sigma_max=20.0, sigma_data=0.3)
     student, target = (model(ConsistencyScalings(noise_range), seed) for seed in (2, 3))
     batch = Batch(normal(torch.empty(5, 2), seeded(0)))
     z, n = normal(torch.empty(5, 2), seeded(1)), torch.tensor([0, 3, 5, 8, 16])
     objective = ConsistencyTraining(
-        noise_range, AdaptiveLevels(2, 30), distance=PseudoHuber(0.1), weight="inverse_gap"
+        noise_range, AdaptiveLevels(2, 30), distance=Norm(), weight=weight
     )
     replay = Replay(normals=[z], integers=[n])
     loss = objective(Models(student, target), batch, clock=Clock(3, 10), generator=replay)
 
     t = noise_range.grid(18).float()
     x, x_next = (batch.x + t[i][:, None] * z for i in (n, n + 1))
-    gap = (student(x, t[n]) - target(x_next, t[n + 1])).square().sum(1)
-    expected = ((gap + 0.01).sqrt() - 0.1) / (t[n] - t[n + 1])
+    gap = (student(x, t[n]) - target(x_next, t[n + 1])).square().sum(1).sqrt()
+    expected = BY_HAND[weight](t[n], t[n + 1]) * gap
     torch.testing.assert_close(loss.per_sample, expected.detach())
     torch.testing.assert_close(loss.value, expected.mean())
     assert torch.equal(loss.sigma, t[n])
@@ -156,7 +164,6 @@ def test_training_is_the_algorithm_box_by_hand():
 @pytest.mark.parametrize(
     ("weight", "by_hand"),
     [("karras", lambda s: 1 / s**2 + 1 / 0.3**2), ("snr", lambda s: 1 / s**2)],
-    ids=["karras", "snr"],
 )
 def test_denoising_is_equation_2_by_hand(weight, by_hand):
     noise_range = NoiseRange(sigma_max=20.0, sigma_data=0.3)
@@ -222,6 +229,21 @@ def test_only_the_student_gets_gradients(objective, generator):
     ).value.backward()
     assert all(p.grad is not None and p.grad.any() for p in student.parameters())
     assert all(p.grad is None for m in (target, teacher) for p in m.parameters())
+
+
+def test_only_the_student_builds_a_graph(generator):
+    building = {}
+
+    def watched(name):
+        def call(x, sigma, label=None):
+            building[name] = torch.is_grad_enabled()
+            return WORLD.denoiser(x, sigma)
+
+        return call
+
+    models = Models(*(watched(name) for name in ("student", "target", "teacher")))
+    ConsistencyDistillation()(models, Batch(torch.ones(2, 1)), clock=CLOCK, generator=generator)
+    assert building == {"student": True, "target": False, "teacher": False}
 
 
 @pytest.mark.parametrize("objective", [ConsistencyDistillation(levels=2), ConsistencyTraining()])

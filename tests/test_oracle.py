@@ -295,3 +295,21 @@ def test_labels_without_a_component_are_refused(separable, label):
 def test_impossible_worlds_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_point_mass_without_noise_is_its_own_denoiser():
+    """Finite data are mixtures of point masses: at sigma 0 nothing may become NaN."""
+    spot = Gaussian.isotropic([0.3, -0.2], 0.0)
+    spots = GaussianMixture.isotropic(torch.tensor([[0.3, -0.2], [1.0, 1.0]]), 0.0)
+    for world in (spot, spots):
+        x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+        torch.testing.assert_close(world.denoiser(x, full(1, 0.0)), x)
+        assert bool(torch.isfinite(world.score(x, full(1, 0.0))).all())
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma"), [(float("nan"), 1.0), (float("inf"), 1.0), (0.0, float("inf"))]
+)
+def test_a_path_from_nowhere_is_refused_instead_of_followed_for_ever(separable, x, sigma):
+    with pytest.raises(ValueError, match="must be finite"):
+        separable.consistency(torch.full((1, 2), x, dtype=torch.float64), full(1, sigma))

@@ -473,13 +473,13 @@ def test_one_step_is_one_evaluation_at_sigma_max(finished):
     assert torch.equal(made.sample(4, generator=seeded(3)), expected)
 
 
-def test_a_model_that_is_sampled_is_told_the_class(sampled):
-    made, label = sampled
-    told = []
-    hook = made.model.register_forward_pre_hook(lambda model, args: told.append(args[2]))
-    made.sample(10, label, generator=seeded(0))
-    hook.remove()
-    assert told
+@pytest.mark.parametrize("recipe", [EDM_RUN, CT_RUN], ids=["diffusion", "consistency"])
+def test_a_model_that_is_sampled_is_told_the_class(tmp_path, recipe):
+    short = replace(recipe, data=Toy(labelled=True), training=replace(TRAINING, steps=1))
+    made, label, told = make(short, tmp_path), torch.tensor([7, 2]), []
+    made.model.register_forward_pre_hook(lambda model, args: told.append(args[2]))
+    made.sample(2, label, steps=2, generator=seeded(0))
+    assert len(told) >= 2
     assert all(t is label for t in told)
 
 

@@ -224,6 +224,13 @@ def test_a_frozen_view_is_the_model_without_a_graph():
     assert torch.equal(frozen, model(x, sigma))
 
 
+def test_a_frozen_view_is_told_the_class(spy):
+    model, label = spy(RING.world.denoiser), torch.tensor([3, 1])
+    frozen_view(model)(torch.ones(2, 2), torch.ones(2), label)
+    assert len(model.labels) == 1
+    assert model.labels[0] is label
+
+
 def test_a_frozen_view_keeps_forward_mode_derivatives():
     model = built(MLP(16, 2))
     sigma, along = torch.ones(3), torch.ones(3, 2)
