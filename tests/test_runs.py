@@ -295,6 +295,23 @@ def test_a_run_does_not_overwrite_its_own_teacher(teacher):
     assert files(teacher) == before
 
 
+def test_a_run_does_not_overwrite_the_run_whose_checkpoint_it_distills(teacher):
+    before = files(teacher)
+    (checkpoint,) = sorted((teacher / "checkpoints").glob("step-*"))[-1:]
+    with pytest.raises(ValueError, match="holds the teacher of this run"):
+        make(cd_run(checkpoint), teacher, overwrite=True)
+    assert files(teacher) == before
+
+
+def test_overwrite_leaves_a_strangers_checkpoints_alone(tmp_path):
+    mine = tmp_path / "checkpoints" / "model.ckpt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="is no run of cmbook"):
+        make(CT_RUN, tmp_path, overwrite=True)
+    assert mine.read_text() == "mine"
+
+
 def test_resume_and_overwrite_exclude_each_other(copied):
     with pytest.raises(ValueError, match="choose one"):
         make(CT_RUN, copied, resume=True, overwrite=True)

@@ -322,3 +322,14 @@ def test_batches_that_end_are_refused():
     batches = iter([next(RING.batches(4, 0))])
     with pytest.raises(ValueError, match="ended before step 1"):
         list(train(student, batches, METHODS["edm"], steps=2, optimizer=optimizer))
+
+
+def test_a_state_of_another_student_is_refused():
+    state = steps(METHODS["edm"], 1).state
+    with pytest.raises(ValueError, match="belongs to another student or optimizer"):
+        steps(METHODS["edm"], 2, state=state)
+
+
+def test_a_misspelled_precision_is_refused():
+    with pytest.raises(Exception, match="precision"):
+        steps(METHODS["edm"], 1, precision="bf16")
