@@ -9,13 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
+import markdown
+import nbformat
 import pytest
 
 import cmbook
-
-pytest.importorskip("mkdocs", reason="the hooks of the site need the extra [docs]")
-nbformat = pytest.importorskip("nbformat")
-markdown = pytest.importorskip("markdown")
 
 ROOT = Path(__file__).resolve().parents[1]
 API = "\n".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.md")))
