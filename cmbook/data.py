@@ -214,27 +214,27 @@ def ring() -> GaussianMixture:
 
 
 def moons() -> GaussianMixture:
-    """Two interleaved half circles, each a string of 24 small Gaussians.
+    """Two interleaved half circles, two classes, each a string of 24 small Gaussians.
 
     Source: after scikit-learn's `make_moons`; written anew as a mixture.
     """
     half = torch.linspace(0, math.pi, 24, dtype=torch.float64)
     upper = 0.55 * _on_circle(half) + torch.tensor([-0.275, -0.15])
-    return GaussianMixture.isotropic(torch.cat([upper, -upper]), 0.04)
+    return GaussianMixture.isotropic(torch.cat([upper, -upper]), 0.04, classes=_classes(2, 24))
 
 
 def spirals() -> GaussianMixture:
-    """Two arms that wind one and a half times around the center, 40 small Gaussians each.
+    """Two arms that wind one and a half times around the center: two classes of 40 Gaussians.
 
     Source: ours.
     """
     turn = torch.linspace(0.15, 1, 40, dtype=torch.float64).sqrt()
     arm = 0.9 * turn[:, None] * _on_circle(3 * math.pi * turn)
-    return GaussianMixture.isotropic(torch.cat([arm, -arm]), 0.025)
+    return GaussianMixture.isotropic(torch.cat([arm, -arm]), 0.025, classes=_classes(2, 40))
 
 
 def pinwheel() -> GaussianMixture:
-    """Five curved blades, each of 8 elongated Gaussians that widen outward.
+    """Five curved blades, five classes, each of 8 elongated Gaussians that widen outward.
 
     Source: ours.
     """
@@ -250,11 +250,11 @@ def pinwheel() -> GaussianMixture:
                 narrow**2 * torch.eye(2) + (0.05**2 - narrow**2) * torch.outer(along, along)
             )
     weights = torch.full((40,), 1 / 40, dtype=torch.float64)
-    return GaussianMixture(weights, torch.stack(means), torch.stack(covariances))
+    return GaussianMixture(weights, torch.stack(means), torch.stack(covariances), _classes(5, 8))
 
 
 def checkerboard() -> GaussianMixture:
-    """The eight dark fields of a 4x4 board, each filled with 16 small Gaussians.
+    """The eight dark fields of a 4x4 board, eight classes, each filled with 16 small Gaussians.
 
     Source: ours.
     """
@@ -262,7 +262,7 @@ def checkerboard() -> GaussianMixture:
     inside = (torch.arange(4, dtype=torch.float64) + 0.5) / 4
     offsets = torch.cartesian_prod(inside, inside)
     means = torch.cat([torch.tensor(field) + offsets for field in fields]) / 2 - 1
-    return GaussianMixture.isotropic(0.95 * means, 0.035)
+    return GaussianMixture.isotropic(0.95 * means, 0.035, classes=_classes(8, 16))
 
 
 WorldName = Literal["ring", "moons", "spirals", "pinwheel", "checkerboard"]
@@ -281,7 +281,8 @@ class Toy:
 
     Attributes:
         world: Which one.
-        labelled: Whether the network is told the component a point comes from.
+        labelled: Whether the network is told the class a point comes from: which mode of the
+            ring, which moon, arm, blade or field.
 
     Source: ours.
     """
@@ -303,7 +304,7 @@ class ToyData:
     def __init__(self, world: GaussianMixture, labelled: bool = False) -> None:
         self.world, self.labelled = world, labelled
         self.shape = (world.means.shape[1],)
-        self.classes = len(world.weights) if labelled else None
+        self.classes = world.n_classes if labelled else None
 
     def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Fresh points without end.
@@ -323,8 +324,10 @@ class ToyData:
         return self._draw(5000, seeded("held out"))
 
     def sha256(self) -> str:
-        """A fingerprint of the mixture."""
-        return fingerprint(self.world.weights, self.world.means, self.world.covariances)
+        """A fingerprint of the mixture, and of its classes if they are told."""
+        world = self.world
+        told = [world.classes] if self.labelled and world.classes is not None else []
+        return fingerprint(world.weights, world.means, world.covariances, *told)
 
     def _draw(self, n: int, generator: torch.Generator) -> Batch:
         points = self.world.sample(n, generator=generator)
@@ -336,6 +339,11 @@ AnyData = Toy | Digits
 
 def _on_circle(angle: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def _classes(n: int, each: int) -> Tensor:
+    """Class numbers of `n` classes that have `each` components, one class after the other."""
+    return torch.arange(n).repeat_interleave(each)
 
 
 def fingerprint(*tensors: Tensor) -> str:

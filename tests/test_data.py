@@ -48,6 +48,23 @@ def test_a_labelled_point_lies_at_its_component():
     assert distance.max() < 6 * 0.05
 
 
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("ring", 8), ("moons", 2), ("spirals", 2), ("pinwheel", 5), ("checkerboard", 8)],
+)
+def test_a_labelled_world_has_the_classes_one_sees(name, classes):
+    data = Toy(name, labelled=True).build()
+    x, label = data.held_out()
+    assert data.classes == classes == len(label.unique())
+    nearest = torch.cdist(x.double(), data.world.means).argmin(1)
+    assert float((data.world._class_of[nearest] == label).double().mean()) > 0.95
+
+
+def test_a_fingerprint_knows_which_classes_are_told():
+    prints = {Toy("moons", told).build().sha256() for told in (True, False)}
+    assert len(prints) == 2
+
+
 def test_training_and_held_out_digits_are_scikit_learns_1797_images():
     data, real = Digits().build(), load_digits()
     third = torch.arange(1797) % 3 == 2

@@ -7,11 +7,10 @@ import torch
 from scipy import stats
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from cmbook import oracle
 from cmbook.data import WORLDS
 from cmbook.noise import NoiseRange, normal, seeded
 from cmbook.ode import solve
-from cmbook.oracle import Gaussian, GaussianMixture
+from cmbook.oracle import Gaussian, GaussianMixture, worlds
 
 
 def full(n: int, sigma: float) -> torch.Tensor:
@@ -90,8 +89,8 @@ def test_narrow_modes_are_solved_as_well_as_by_a_thousandfold_tolerance(monkeypa
     world = WORLDS["ring"]()
     x = world.sample(2000, 1.0, generator=seeded(0)).x
     end = world.consistency(x, full(2000, 1.0))
-    tight = oracle._integrate
-    monkeypatch.setattr(oracle, "_integrate", lambda *a: tight(*a, tolerance=1e-13))
+    tight = worlds.integrate
+    monkeypatch.setattr(worlds, "integrate", lambda *a: tight(*a, tolerance=1e-13))
     errors = (end - world.consistency(x, full(2000, 1.0))).abs().amax(1)
     assert float(errors.median()) < 1e-8
     assert float(errors.max()) < 1e-6
@@ -188,6 +187,13 @@ def test_every_toy_world_lies_in_the_unit_square(name):
 def test_samples_have_the_law_of_the_density(separable):
     x = separable.sample(200_000, 0.4, generator=seeded(3)).x
     assert stats.kstest(cdf(x[:, 0], separable, 0.4).numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_unit_of_distances_is_the_spread_of_the_samples(name):
+    world = WORLDS[name]()
+    x = world.sample(100_000, generator=seeded(0)).x
+    assert world.std == pytest.approx(float(x.var(0).mean().sqrt()), rel=0.01)
 
 
 def test_labels_are_those_of_the_components(separable):

@@ -6,7 +6,6 @@ Everything is computed in float64 and handed back in the dtype of `x`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cmbook.noise import choose, normal
+from cmbook.oracle.integrate import integrate
 from cmbook.protocols import (
     Batch,
     Generator,
@@ -34,10 +34,15 @@ SIGMA_END = 0.002  # ε of the paper: where the consistency functions below end,
 
 @runtime_checkable
 class World(Protocol):
-    """What every world offers. `label`, where given, restricts the world to one component."""
+    """What every world offers. `label`, where given, restricts the world to one class."""
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of the data, per coordinate: the unit of every distance."""
+        ...
 
     def sample(self, n: int, sigma: float = 0.0, *, generator: Generator) -> Batch:
-        """`n` points at noise level `sigma`, and the component each comes from."""
+        """`n` points at noise level `sigma`, and the class each comes from."""
         ...
 
     def denoiser(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
@@ -98,6 +103,11 @@ class Gaussian:
         """N(mean, std² I)."""
         m = torch.as_tensor(mean, dtype=torch.float64)
         return cls(m, std**2 * torch.eye(len(m), dtype=torch.float64))
+
+    @property
+    def std(self) -> float:
+        """Root of the mean variance per coordinate."""
+        return float(self._lengths.mean().sqrt())
 
     def sample(self, n: int, sigma: float = 0.0, *, generator: Generator) -> Batch:
         """`n` points of N(m, Σ + σ² I); the label of all is 0."""
@@ -175,10 +185,14 @@ class GaussianMixture:
         weights: w, shape (k,), positive; normalized to sum 1.
         means: m, shape (k, d).
         covariances: Σ, shape (k, d, d).
+        classes: The class of each component, shape (k,), numbered from 0; by default each
+            component is a class of its own. With a label, every method answers for that class
+            alone: the exact class-conditional world.
 
     Raises:
-        ValueError: If shapes do not fit, weights are not positive, or covariances not symmetric
-            and positive semidefinite; when called, if a label names no component.
+        ValueError: If shapes do not fit, weights are not positive, covariances not symmetric
+            and positive semidefinite, or a class has no component; when called, if a label names
+            no class.
 
     Source: Song et al. (2023), eq. 2, with the score of a Gaussian mixture; the solver is that
         of Hairer, Nørsett and Wanner (1993), DOP853, with scipy's coefficients.
@@ -187,30 +201,56 @@ class GaussianMixture:
     weights: Weights
     means: Vectors
     covariances: Matrices
+    classes: Labels | None = None
 
     def __post_init__(self) -> None:
         if not bool((self.weights > 0).all()):
             raise ValueError(f"weights must be positive; got {self.weights.tolist()}")
         _check_covariances(self.covariances, self.means)
+        if self.classes is not None:
+            found = self.classes.unique()
+            if self.classes.shape != self.weights.shape or not torch.equal(
+                found, torch.arange(len(found), device=found.device)
+            ):
+                raise ValueError(
+                    f"classes must be {len(self.weights)} numbers that use 0, 1, 2, ... without "
+                    f"a gap; got {self.classes.tolist()}"
+                )
 
     @classmethod
     def isotropic(
-        cls, means: Tensor, std: float | Tensor, weights: Tensor | None = None
+        cls,
+        means: Tensor,
+        std: float | Tensor,
+        weights: Tensor | None = None,
+        classes: Tensor | None = None,
     ) -> "GaussianMixture":
         """Round components: `std` is one number or one per component."""
         k, d = means.shape
         variance = torch.as_tensor(std, dtype=torch.float64).expand(k)[:, None, None] ** 2
         equal = torch.full((k,), 1 / k, dtype=torch.float64)
         eye = torch.eye(d, dtype=torch.float64)
-        return cls(equal if weights is None else weights, means.double(), variance * eye)
+        return cls(equal if weights is None else weights, means.double(), variance * eye, classes)
+
+    @property
+    def std(self) -> float:
+        """Root of the mean variance per coordinate: within components, and between them."""
+        share, means = self._log_weights.exp(), self.means.double()
+        between = share @ (means - share @ means).square().mean(1)
+        return float((share @ self._lengths.mean(1) + between).sqrt())
+
+    @cached_property
+    def n_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.weights) if self.classes is None else int(self.classes.max()) + 1
 
     def sample(self, n: int, sigma: float = 0.0, *, generator: Generator) -> Batch:
-        """`n` points at noise level `sigma`, and the component that each comes from."""
-        label = choose(n, self.weights, generator).to(self.means.device)
+        """`n` points at noise level `sigma`, and the class that each comes from."""
+        part = choose(n, self.weights, generator).to(self.means.device)
         noise = normal(self.means.new_empty(n, self.means.shape[1]).double(), generator)
-        scaled = noise * (self._lengths[label] + sigma**2).sqrt()
-        turned = torch.einsum("bij,bj->bi", self._axes[label], scaled)
-        return Batch(self.means.double()[label] + turned, label)
+        scaled = noise * (self._lengths[part] + sigma**2).sqrt()
+        turned = torch.einsum("bij,bj->bi", self._axes[part], scaled)
+        return Batch(self.means.double()[part] + turned, self._class_of[part])
 
     def denoiser(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
         """E[x0 | x], by Tweedie's formula: x + σ² score."""
@@ -222,12 +262,9 @@ class GaussianMixture:
         return self._score(x.double(), sigma.double(), label).to(x.dtype)
 
     def log_density(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> PerSample:
-        """Log p_σ(x), or that of the labelled component."""
-        joint, _ = self._parts(x.double(), sigma.double())
-        if label is None:
-            return joint.logsumexp(1).to(x.dtype)
-        own = joint - self._log_weights
-        return own.gather(1, self._checked(label)[:, None])[:, 0].to(x.dtype)
+        """Log p_σ(x), or log p_σ(x | label)."""
+        joint, _ = self._parts(x.double(), sigma.double(), label)
+        return joint.logsumexp(1).to(x.dtype)
 
     def consistency(
         self,
@@ -254,7 +291,7 @@ class GaussianMixture:
             return -(level[:, None] ** 2) * self._score(points, level, some)
 
         start, end = (s.double().clamp(min=1e-9).log() for s in (sigma, sigma_next))
-        return _integrate(slope, x.double(), start, end).to(x.dtype)
+        return integrate(slope, x.double(), start, end).to(x.dtype)
 
     def consistency_jacobian(
         self, x: Samples, sigma: PerSample, *, sigma_end: float = SIGMA_END
@@ -268,56 +305,82 @@ class GaussianMixture:
 
         def slope(state: Tensor, log_sigma: Tensor, rows: Tensor) -> Tensor:
             points, level = state[:, :d], log_sigma.exp()
-
-            def field(p: Tensor) -> Tensor:
-                return -(level[:, None] ** 2) * self._score(p, level, None)
-
-            columns = state[:, d:].unflatten(1, (d, d)).unbind(2)
-            spread = [torch.func.jvp(field, (points,), (column,))[1] for column in columns]
-            return torch.cat([field(points), torch.stack(spread, 2).flatten(1)], 1)
+            score, hessian = self._score_and_hessian(points, level)
+            spread = hessian @ state[:, d:].unflatten(1, (d, d))
+            return -(level[:, None] ** 2) * torch.cat([score, spread.flatten(1)], 1)
 
         eye = torch.eye(d, dtype=torch.float64, device=x.device).flatten().expand(len(x), -1)
         start = sigma.double().clamp(min=1e-9).log()
-        state = _integrate(
+        state = integrate(
             slope, torch.cat([x.double(), eye], 1), start, start.clamp(max=math.log(sigma_end))
         )
         jacobian: Tensor = state[:, d:].unflatten(1, (d, d))
         return jacobian
 
     def _score(self, x: Tensor, sigma: Tensor, label: Labels | None) -> Tensor:
-        if label is None and self._round is not None:
-            return self._round_score(x, sigma, self._round)
-        joint, pull = self._parts(x, sigma)
-        if label is None:
-            share = joint.softmax(1)
-        else:
-            share = torch.nn.functional.one_hot(self._checked(label), len(self.weights)).to(joint)
-        weighted = (share[:, :, None] * pull).flatten(1)
+        if self._round is not None:
+            return self._round_score(x, sigma, label, self._round)
+        joint, pull = self._parts(x, sigma, label)
+        weighted = (joint.softmax(1)[:, :, None] * pull).flatten(1)
         return -weighted @ self._axes.transpose(1, 2).flatten(0, 1)
 
-    def _round_score(self, x: Tensor, sigma: Tensor, variances: Tensor) -> Tensor:
+    def _score_and_hessian(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and second derivatives of log p_σ, shapes (b, d) and (b, d, d).
+
+        With the pulls p_k = (Σ_k + σ² I)⁻¹(m_k - x), the second is the spread of the pulls less
+        the mean of the (Σ_k + σ² I)⁻¹.
+        """
+        joint, pull = self._parts(x, sigma, None)
+        share = joint.softmax(1)[:, :, None]
+        pulls = -torch.einsum("kde,bke->bkd", self._axes, pull)
+        score = (share * pulls).sum(1)
+        apart = pulls - score[:, None]
+        variance = (self._lengths + (sigma**2)[:, None, None]).clamp(min=_TINY)
+        axes = torch.einsum("kde,kfe->kedf", self._axes, self._axes).flatten(2).flatten(0, 1)
+        stiff = ((share / variance).flatten(1) @ axes).view(-1, *self._axes.shape[1:])
+        return score, (share * apart).mT @ apart - stiff
+
+    def _round_score(
+        self, x: Tensor, sigma: Tensor, label: Labels | None, variances: Tensor
+    ) -> Tensor:
         """The same without axes: k numbers a point in place of k vectors, several times faster."""
         means, variance = self.means.double(), (variances + (sigma**2)[:, None]).clamp(min=_TINY)
         squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
-        joint = self._log_weights - 0.5 * (squared / variance + x.shape[1] * variance.log())
+        joint = self._prior(label) - 0.5 * (squared / variance + x.shape[1] * variance.log())
         pull = joint.softmax(1) / variance
         return pull @ means - pull.sum(1, keepdim=True) * x
 
-    def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, x: Tensor, sigma: Tensor, label: Labels | None) -> tuple[Tensor, Tensor]:
         """Log w_k N(x; m_k, Σ_k + σ² I), and (Σ_k + σ² I)⁻¹(x - m_k) along each Σ_k's axes."""
         along = (x @ self._axes.permute(1, 0, 2).flatten(1) - self._centers).unflatten(
             1, self.means.shape
         )
         variance = (self._lengths + (sigma**2)[:, None, None]).clamp(min=_TINY)
-        return self._log_weights + _log_normal(along, variance), along / variance
+        return self._prior(label) + _log_normal(along, variance), along / variance
 
-    def _checked(self, label: Labels) -> Labels:
-        if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(self.weights):
+    def _prior(self, label: Labels | None) -> Tensor:
+        """Log w, or for every labelled row log w within its class: -inf outside."""
+        if label is None:
+            return self._log_weights
+        if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < self.n_classes:
             raise ValueError(
-                f"labels must lie in 0 ... {len(self.weights) - 1}; got "
+                f"labels must lie in 0 ... {self.n_classes - 1}; got "
                 f"{int(label.min())} ... {int(label.max())}"
             )
-        return label
+        return self._log_weights_within[label]
+
+    @cached_property
+    def _class_of(self) -> Tensor:
+        """The class of each component."""
+        own = torch.arange(len(self.weights), device=self.means.device)
+        return own if self.classes is None else self.classes.to(own)
+
+    @cached_property
+    def _log_weights_within(self) -> Tensor:
+        """Log w_k within class c, shape (classes, k)."""
+        inside = self._class_of == torch.arange(self.n_classes, device=self.means.device)[:, None]
+        joint = self._log_weights.masked_fill(~inside, -math.inf)
+        return joint - joint.logsumexp(1, keepdim=True)
 
     @cached_property
     def _round(self) -> Tensor | None:
@@ -368,49 +431,3 @@ def _check_covariances(covariances: Tensor, means: Tensor) -> None:
             "covariances must be symmetric and positive semidefinite; "
             f"the least eigenvalue is {least:.3g}"
         )
-
-
-Slope = Callable[[Tensor, Tensor, Tensor], Tensor]  # (points, times, row numbers) -> derivative
-
-
-def _integrate(
-    slope: Slope, x: Tensor, start: Tensor, end: Tensor, tolerance: float = 1e-10
-) -> Tensor:
-    """Solve dx/dt = slope from `start` to `end`, every row with times and steps of its own.
-
-    Rows that are done leave the batch, so a few hard points do not slow the easy ones.
-    """
-    from scipy.integrate import DOP853  # its tableau; scipy's own loop steps all rows together
-
-    if not all(bool(torch.isfinite(t).all()) for t in (x, start, end)):
-        raise ValueError("points and noise levels must be finite")
-    stages = len(DOP853.B)
-    a, b, e3, e5 = (torch.as_tensor(t).to(x) for t in (DOP853.A, DOP853.B, DOP853.E3, DOP853.E5))
-    c = [float(node) for node in DOP853.C]
-    x, time = x.clone(), start.clone()
-    step = (end - start).clamp(-0.1, 0.1)
-    rows = (step != 0).nonzero()[:, 0]
-    first = slope(x[rows], time[rows], rows) if len(rows) else x[rows]
-    while len(rows):
-        here, now, ahead = x[rows], time[rows], end[rows] - time[rows]
-        h = torch.where(step[rows].abs() < ahead.abs(), step[rows], ahead)
-        k = x.new_empty(stages + 1, *here.shape)
-        k[0] = first
-        for s in range(1, stages):
-            moved = torch.tensordot(a[s, :s], k[:s], 1)
-            k[s] = slope(here + h[:, None] * moved, now + c[s] * h, rows)
-        there = here + h[:, None] * torch.tensordot(b, k[:stages], 1)
-        k[stages] = slope(there, now + h, rows)
-
-        scale = tolerance * (0.01 + torch.maximum(here.abs(), there.abs()))
-        fifth, third = ((torch.tensordot(e, k, 1) / scale).square().sum(1) for e in (e5, e3))
-        error = h.abs() * fifth / ((fifth + 0.01 * third) * here.shape[1]).sqrt().clamp(min=1e-300)
-        good = error < 1
-        x[rows] = torch.where(good[:, None], there, here)
-        time[rows] = torch.where(good, now + h, now)
-        step[rows] = h * (0.9 * error.clamp(min=1e-12) ** (-1 / 8)).clamp(0.2, 6.0)
-        first = torch.where(good[:, None], k[stages], k[0])
-
-        going = ~(good & (h == ahead))
-        rows, first = rows[going], first[going]
-    return x
