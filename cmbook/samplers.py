@@ -1,17 +1,24 @@
-"""Sampling: one evaluation, several (Algorithm 1 of Song et al. 2023), or a walk along the ODE.
+"""Sampling: one evaluation, several (Algorithm 1 of Song et al. 2023), or a walk to the data.
+
+A consistency model jumps: `one_step`, `multistep`. A diffusion model walks, along the ODE
+(`ode_sample`, `dpm`, `progressive`) or with fresh noise on the way (`Churn`, `ancestral`).
 
 Noise levels are plain numbers, largest first. Nothing is clipped: images are clipped when they
 are shown or saved.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 
-from cmbook.noise import NoiseRange, normal
-from cmbook.ode import Solver, solve
-from cmbook.protocols import Denoiser, Generator, Grid, Labels, Samples
-from cmbook.schedules import check_decreasing
+from cmbook.noise import NoiseRange, expand, normal
+from cmbook.ode import Solver, euler_step, heun_step, solve, velocity
+from cmbook.protocols import Denoiser, Generator, Grid, Labels, PerSample, Samples
+from cmbook.schedules import check_choice, check_decreasing
 
 
 def prior(like: Samples, noise_range: NoiseRange, generator: Generator) -> Samples:
@@ -36,9 +43,7 @@ def one_step(
 
     Source: Song et al. (2023), §3, sampling.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    sigma = torch.full((len(x),), noise_range.sigma_max, dtype=dtype, device=x.device)
-    return consistency(x, sigma, label)
+    return consistency(x, _everywhere(noise_range.sigma_max, x), label)
 
 
 def identity(x0: Samples) -> Samples:
@@ -116,5 +121,208 @@ def ode_sample(
 
     Source: Karras et al. (2022), Algorithm 1.
     """
+    return solve(denoise, x, grid_to_zero(noise_range, levels), label, solver=solver)
+
+
+def grid_to_zero(noise_range: NoiseRange, levels: int) -> Grid:
+    """The grid of a noise range and then 0, where a diffusion model has removed all noise.
+
+    Example:
+        >>> grid_to_zero(NoiseRange(1.0, 3.0, rho=1.0), 3)
+        tensor([3., 2., 1., 0.], dtype=torch.float64)
+
+    Source: Karras et al. (2022), eq. 5: t_N = 0.
+    """
     grid = noise_range.grid(levels)
-    return solve(denoise, x, torch.cat([grid, grid.new_zeros(1)]), label, solver=solver)
+    return torch.cat([grid, grid.new_zeros(1)])
+
+
+@torch.no_grad()
+def progressive(
+    denoise: Denoiser,
+    x: Samples,
+    noise_range: NoiseRange,
+    label: Labels | None = None,
+    *,
+    steps: int,
+) -> Samples:
+    """Walk as a progressively distilled model was trained to: `steps` Euler steps to `sigma_min`.
+
+    Args:
+        denoise: A diffusion model, made to take few and long steps.
+        x: Noise of standard deviation `sigma_max`, as `prior` makes it.
+        noise_range: The range of the model.
+        label: Classes, if the model has them.
+        steps: Number of steps and of evaluations. The grid has one level more, and no 0.
+
+    Source: Salimans and Ho (2022), Algorithm 2; Song et al. (2023), released code (`progdist`).
+    """
+    return solve(denoise, x, noise_range.grid(steps + 1), label, solver="euler")
+
+
+def midpoint_step(
+    denoise: Denoiser,
+    x: Samples,
+    sigma: PerSample,
+    sigma_next: PerSample,
+    label: Labels | None = None,
+) -> Samples:
+    r"""One second-order step from σ to σ′ with the slope from between: two evaluations.
+
+    The middle is that of the cube roots, $\big((\sigma^{1/3} + \sigma'^{1/3})/2\big)^3$. It is
+    above 0 even where σ′ is 0, so the last step needs no exception.
+
+    Source: Lu et al. (2022), DPM-Solver-2; Song et al. (2023), released code (`dpm`).
+    """
+    sigma_mid = ((sigma ** (1 / 3) + sigma_next ** (1 / 3)) / 2) ** 3
+    x_mid = euler_step(denoise, x, sigma, sigma_mid, label)
+    slope = velocity(x_mid, denoise(x_mid, sigma_mid, label), sigma_mid)
+    return x + expand(sigma_next - sigma, x) * slope
+
+
+@torch.no_grad()
+def dpm(denoise: Denoiser, x: Samples, sigmas: Grid, label: Labels | None = None) -> Samples:
+    """Walk the probability-flow ODE by midpoint steps: two evaluations each, the last included.
+
+    Args:
+        denoise: A diffusion model.
+        x: Noise of standard deviation `sigmas[0]`.
+        sigmas: Decreasing noise levels, as `grid_to_zero` makes them.
+        label: Classes, if the model has them.
+
+    Raises:
+        ValueError: If the levels do not decrease.
+
+    Source: Song et al. (2023), released code (`dpm`).
+    """
+    for sigma, sigma_next in _steps(sigmas):
+        x = midpoint_step(denoise, x, _everywhere(sigma, x), _everywhere(sigma_next, x), label)
+    return x
+
+
+@dataclass(frozen=True)
+class Churn:
+    r"""A walk that first goes back a little: add fresh noise, then step over it and on.
+
+    $$\hat\sigma = (1 + \gamma)\,\sigma,\qquad
+      \hat x = x + \sqrt{\hat\sigma^2 - \sigma^2}\; S_{noise}\, z,\qquad
+      \gamma = \min(S_{churn}/n,\ \sqrt2 - 1)$$
+
+    for n steps, and then one step of the solver from $\hat\sigma$ to σ′. Fresh noise wears away
+    the errors of earlier steps; the price is that each step is longer.
+
+    Attributes:
+        amount: $S_{churn}$; 0 is the plain walk, which draws nothing.
+        sigma_low: $S_{tmin}$; below it no noise is added.
+        sigma_high: $S_{tmax}$; nor above it.
+        noise_scale: $S_{noise}$. Only 1 keeps the law of the data; a little more makes up for
+            networks that remove too much noise.
+        solver: `"heun"`, or `"dpm"` for `midpoint_step`.
+
+    EDM's values for ImageNet-64, with 256 levels, are `Churn(40, 0.05, 50, 1.003)`.
+
+    Note: Noise is drawn where it is added. The released code draws it for every step, and
+        multiplies it by 0 outside the window.
+
+    Raises:
+        ValueError: If a setting is out of range; when called, if the levels do not decrease.
+
+    Source: Karras et al. (2022), Algorithm 2; Song et al. (2023), released code for `"dpm"`.
+    """
+
+    amount: float = 40.0
+    sigma_low: float = 0.0
+    sigma_high: float = math.inf
+    noise_scale: float = 1.0
+    solver: Literal["heun", "dpm"] = "heun"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amount < math.inf:
+            raise ValueError(f"amount must be at least 0; got {self.amount}")
+        if not 0 <= self.sigma_low <= self.sigma_high:
+            raise ValueError(
+                f"expected 0 <= sigma_low <= sigma_high; got {self.sigma_low} and {self.sigma_high}"
+            )
+        if not 0 <= self.noise_scale < math.inf:
+            raise ValueError(f"noise_scale must be at least 0; got {self.noise_scale}")
+        check_choice("solver", self.solver, ["heun", "dpm"])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoise: Denoiser,
+        x: Samples,
+        sigmas: Grid,
+        label: Labels | None = None,
+        *,
+        generator: Generator,
+    ) -> Samples:
+        """Walk from `sigmas[0]` to `sigmas[-1]`; the arguments are those of `ancestral`."""
+        steps = _steps(sigmas)
+        for sigma, sigma_next in steps:
+            gamma = min(self.amount / len(steps), math.sqrt(2) - 1)
+            if gamma > 0 and self.sigma_low <= sigma <= self.sigma_high:
+                added = sigma * math.sqrt(gamma * (2 + gamma))  # √(σ̂² - σ²)
+                x = x + self.noise_scale * added * normal(x, generator)
+                sigma = (1 + gamma) * sigma  # σ̂
+            step = self._step(sigma_next)
+            x = step(denoise, x, _everywhere(sigma, x), _everywhere(sigma_next, x), label)
+        return x
+
+    def _step(self, sigma_next: float) -> Callable[..., Samples]:
+        if self.solver == "dpm":
+            return midpoint_step
+        return heun_step if sigma_next > 0 else euler_step
+
+
+@torch.no_grad()
+def ancestral(
+    denoise: Denoiser,
+    x: Samples,
+    sigmas: Grid,
+    label: Labels | None = None,
+    *,
+    generator: Generator,
+) -> Samples:
+    r"""Step down further than asked, and add noise up to where one should be.
+
+    $$x \leftarrow x + (\sigma_{down} - \sigma)\frac{x - D}{\sigma} + \sigma_{up}\, z,\qquad
+      \sigma_{down} = \frac{\sigma'^2}{\sigma},\quad
+      \sigma_{up} = \sigma'\sqrt{1 - \sigma'^2/\sigma^2}$$
+
+    This draws $x'$ as it lies between x and a known clean sample D, and $\sigma_{down}^2 +
+    \sigma_{up}^2 = \sigma'^2$. Where the data are one point it is exact in any number of steps;
+    else it becomes so as steps grow short.
+
+    Args:
+        denoise: A diffusion model; one evaluation a step.
+        x: Noise of standard deviation `sigmas[0]`.
+        sigmas: Decreasing noise levels, as `grid_to_zero` makes them.
+        label: Classes, if the model has them.
+        generator: Draws the noise.
+
+    Note: A step to 0 draws no noise. The released code draws it and multiplies it by 0.
+
+    Raises:
+        ValueError: If the levels do not decrease.
+
+    Source: Ho et al. (2020), Algorithm 2; Song et al. (2023), released code (`ancestral`).
+    """
+    for sigma, sigma_next in _steps(sigmas):
+        down = sigma_next**2 / sigma
+        x = euler_step(denoise, x, _everywhere(sigma, x), _everywhere(down, x), label)
+        if sigma_next > 0:
+            x = x + math.sqrt(sigma_next**2 - down**2) * normal(x, generator)
+    return x
+
+
+def _steps(sigmas: Grid) -> list[tuple[float, float]]:
+    """Every level with the next."""
+    check_decreasing(sigmas)
+    return list(pairwise(sigmas.tolist()))
+
+
+def _everywhere(sigma: float, x: Samples) -> PerSample:
+    """One level for every sample, never below float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.full((len(x),), sigma, dtype=dtype, device=x.device)

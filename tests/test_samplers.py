@@ -1,5 +1,7 @@
 """Samplers with exact models keep the exact law; with stored draws they equal the official ones."""
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -7,10 +9,42 @@ from scipy import stats
 from cmbook.noise import NoiseRange, PerImage, Replay, normal, seeded
 from cmbook.ode import Counted
 from cmbook.oracle import Gaussian
-from cmbook.samplers import multistep, ode_sample, one_step, prior
+from cmbook.samplers import (
+    Churn,
+    ancestral,
+    dpm,
+    grid_to_zero,
+    midpoint_step,
+    multistep,
+    ode_sample,
+    one_step,
+    prior,
+    progressive,
+)
 
 RANGE = NoiseRange()
 POINTS = 200_000
+LINE = Gaussian.isotropic([0.3], 0.5)
+ROUND = Gaussian.isotropic([0.0], 0.5)
+
+
+def order(sizes: list[int], errors: list[float]) -> float:
+    """Minus the slope of the errors over the sizes, both in logarithms."""
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (sizes, errors))
+    return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def std_of_result(sampler, levels: int) -> float:
+    """Of N(0, 0.5²) started from its own law, exactly: no sample is drawn.
+
+    With a linear denoiser the result is linear in the start and in every draw. Row i of the batch
+    is given one of them and 0 for the others, and the squares of the results add.
+    """
+    one_of = torch.eye(levels + 1, dtype=torch.float64)
+    start = math.sqrt(0.5**2 + 80**2) * one_of[:, :1]
+    draws = Replay(normals=[one_of[:, i : i + 1] for i in range(1, levels + 1)])
+    sigmas = grid_to_zero(NoiseRange(sigma_min=1e-4), levels)  # so the step to 0 costs nothing
+    return float(sampler(ROUND.denoiser, start, sigmas, generator=draws).norm())
 
 
 def projected(world: Gaussian, x: torch.Tensor, direction: list[float], sigma: float):
@@ -83,35 +117,229 @@ def test_multistep_takes_one_evaluation_a_level(gaussian, generator, n):
     assert counted.nfe == n
 
 
+@pytest.mark.parametrize("intervals", [17, 34])
+def test_progressive_is_eulers_walk_that_ends_at_sigma_min(intervals):
+    """On a Gaussian the walk multiplies by (s² + σσ′)/(s² + σ²) at every step."""
+    x = torch.tensor([[60.0]], dtype=torch.float64)
+    grid = RANGE.grid(intervals + 1)
+    factors = (0.25 + grid[:-1] * grid[1:]) / (0.25 + grid[:-1] ** 2)
+    end = progressive(LINE.denoiser, x, RANGE, steps=intervals)
+    torch.testing.assert_close(end, 0.3 + factors.prod() * (x - 0.3), rtol=1e-12, atol=0)
+
+
+def test_dpm_converges_with_order_two():
+    intervals, errors = [64, 96, 128, 192, 256], []
+    x = torch.tensor([[60.0]], dtype=torch.float64)
+    exact = LINE.consistency(x, torch.tensor([80.0], dtype=torch.float64))
+    for n in intervals:
+        errors.append(float((dpm(LINE.denoiser, x, RANGE.grid(n + 1)) - exact).abs()))
+    assert order(intervals, errors) == pytest.approx(2, abs=0.1)
+
+
+def test_a_midpoint_step_to_zero_looks_at_an_eighth_of_sigma(gaussian, spy):
+    model, sigma = spy(gaussian.denoiser), torch.tensor([4.0], dtype=torch.float64)
+    midpoint_step(model, torch.ones(1, 2, dtype=torch.float64), sigma, 0 * sigma)
+    torch.testing.assert_close(torch.cat(model.sigmas), sigma * torch.tensor([1.0, 0.125]))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [(ancestral, 1), (Churn(5.0), 2), (Churn(5.0, solver="dpm"), 2)],
+    ids=["ancestral", "heun", "dpm"],
+)
+def test_walks_with_noise_reach_the_law_with_their_order(sampler, expected):
+    levels = [128, 192, 256, 384]
+    errors = [abs(std_of_result(sampler, n) - 0.5) for n in levels]
+    assert order(levels, errors) == pytest.approx(expected, abs=0.1)
+
+
+def test_churn_with_larger_noise_reaches_another_law():
+    errors = [abs(std_of_result(Churn(5.0, noise_scale=1.05), n) - 0.5) for n in (128, 384)]
+    assert errors[1] > 3e-3
+    assert errors[1] == pytest.approx(errors[0], rel=0.3)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 7])
+def test_ancestral_steps_are_exact_in_any_number_where_the_data_are_one_point(levels):
+    """Each x′ is drawn from its exact law given x and x0: N(x0, σ′²) again."""
+    world = Gaussian.isotropic([0.3], 0.0)
+    x = world.sample(POINTS, 80.0, generator=seeded(1)).x
+    sigmas = RANGE.grid(8)[:levels]
+    x = ancestral(world.denoiser, x, sigmas, generator=seeded(2))
+    values = projected(world, x, [1.0], float(sigmas[-1]))
+    assert stats.kstest(values, "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "levels"),
+    [(ancestral, 400), (Churn(40.0), 64), (Churn(40.0, solver="dpm"), 64)],
+    ids=["ancestral", "heun", "dpm"],
+)
+def test_walks_with_noise_reach_the_law_of_a_mixture(separable, sampler, levels):
+    """Kolmogorov-Smirnov along both axes, 5,000 points, p > 1e-3."""
+    x = separable.sample(5_000, 80.0, generator=seeded(1)).x
+    x0 = sampler(separable.denoiser, x, grid_to_zero(RANGE, levels), generator=seeded(2))
+
+    def cdf(values):
+        parts = zip([0.3, 0.5, 0.2], [-0.5, 0.4, 0.9], [0.15, 0.1, 0.2], strict=True)
+        return sum(weight * stats.norm.cdf(values, mean, std) for weight, mean, std in parts)
+
+    assert stats.kstest(x0[:, 0].numpy(), cdf).pvalue > 1e-3
+    assert stats.kstest(x0[:, 1].numpy(), "norm", args=(0.1, 0.2)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "nfe"),
+    [
+        (lambda model, x: ancestral(model, x, grid_to_zero(RANGE, 18), generator=seeded(0)), 18),
+        (lambda model, x: dpm(model, x, grid_to_zero(RANGE, 18)), 36),
+        (lambda model, x: Churn()(model, x, grid_to_zero(RANGE, 18), generator=seeded(0)), 35),
+        (lambda model, x: Churn()(model, x, grid_to_zero(RANGE, 256), generator=seeded(0)), 511),
+        (lambda model, x: progressive(model, x, RANGE, steps=4), 4),
+    ],
+    ids=["ancestral", "dpm", "churn", "churn as published", "progressive"],
+)
+def test_evaluations_of_the_other_walks_are_counted(gaussian, sampler, nfe):
+    counted = Counted(gaussian.denoiser)
+    sampler(counted, torch.ones(1, 2))
+    assert counted.nfe == nfe
+
+
+def test_churn_of_zero_is_the_plain_walk_and_draws_nothing(gaussian):
+    x = gaussian.sample(3, 80.0, generator=seeded(0)).x
+    sigmas = grid_to_zero(RANGE, 9)
+    still = Churn(0.0)(gaussian.denoiser, x, sigmas, generator=Replay())
+    assert torch.equal(still, ode_sample(gaussian.denoiser, x, RANGE, levels=9))
+    still = Churn(0.0, solver="dpm")(gaussian.denoiser, x, sigmas, generator=Replay())
+    assert torch.equal(still, dpm(gaussian.denoiser, x, sigmas))
+
+
+@pytest.mark.parametrize(("low", "high", "churned"), [(0.5, 20.0, [9, 3, 1]), (3.0, 3.0, [3])])
+def test_churn_adds_noise_within_its_window_alone(gaussian, spy, low, high, churned):
+    """γ = 1.2/6 for six steps: a level σ of the window is evaluated at 1.2 σ."""
+    model, draws = spy(gaussian.denoiser), Replay(normals=[torch.ones(1, 2)] * len(churned))
+    sigmas = torch.tensor([81.0, 27, 9, 3, 1, 0.3, 0])
+    Churn(1.2, low, high)(model, torch.ones(1, 2), sigmas, generator=draws)
+    raised = [round(1.2 * sigma, 4) for sigma in churned]
+    told = [round(float(sigma), 4) for sigma in model.sigmas]
+    assert [level for level in told if level in raised] == raised
+    assert draws.queues["normal"] == []
+
+
+# ── the official samplers, with their draws ──
+
+
+DENOISERS = {
+    "tanh": lambda x, sigma, label=None: torch.tanh(
+        x / (sigma[:, None, None, None] ** 2 + 0.25).sqrt()
+    ),
+    "gauss": lambda x, sigma, label=None: (
+        0.1 + (x - 0.1) * 0.25 / (0.25 + sigma[:, None, None, None] ** 2)
+    ),
+}
+SEVEN = grid_to_zero(RANGE, 7)
+
+
+def official(golden, name: str, case: str, used=slice(None)):
+    """The start, the recorded draws that are not multiplied by 0, and the stored result."""
+    stored = golden(f"samplers_{name}")
+    draws = stored[f"{case}/noise"][used] if f"{case}/noise" in stored else []
+    return stored["x_T"], Replay(normals=list(draws)), stored[f"{case}/out"]
+
+
 @pytest.mark.parity
+@pytest.mark.parametrize("name", DENOISERS)
 @pytest.mark.parametrize("indices", [(0, 3, 6), (0, 6), (0, 1, 2, 3, 4, 5, 6)])
-def test_multistep_equals_the_official_sampler(golden, indices):
+def test_multistep_equals_the_official_sampler(golden, name, indices):
     """Its last index is sigma_min, where it draws noise and multiplies it by 0."""
-    stored = golden("samplers_tanh")
     case = f"multistep_{'_'.join(map(str, indices))}"
-
-    def denoise(x, sigma, label=None):
-        return torch.tanh(x / (sigma[:, None, None, None] ** 2 + 0.25).sqrt())
-
-    out = multistep(
-        denoise,
-        stored["x_T"],
-        stored["sigmas"][list(indices[:-1])],
-        noise_range=RANGE,
-        generator=Replay(normals=list(stored[f"{case}/noise"])[:-1]),
-    )
-    torch.testing.assert_close(out, stored[f"{case}/out"], rtol=1e-4, atol=1e-5)
+    x, draws, out = official(golden, name, case, slice(len(indices) - 2))
+    sigmas = SEVEN[list(indices[:-1])]
+    ours = multistep(DENOISERS[name], x, sigmas, noise_range=RANGE, generator=draws)
+    torch.testing.assert_close(ours, out, rtol=1e-4, atol=2e-5)
+    assert draws.queues["normal"] == []
 
 
 @pytest.mark.parity
-def test_one_step_equals_the_official_sampler(golden):
-    stored = golden("samplers_tanh")
+@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize(
+    ("case", "sampler"),
+    [
+        ("onestep", lambda denoise, x: one_step(denoise, x, RANGE)),
+        ("heun", lambda denoise, x: ode_sample(denoise, x, RANGE, levels=7)),
+        ("euler", lambda denoise, x: ode_sample(denoise, x, RANGE, levels=7, solver="euler")),
+        ("dpm", lambda denoise, x: dpm(denoise, x, SEVEN)),
+        ("progdist", lambda denoise, x: progressive(denoise, x, RANGE, steps=6)),
+    ],
+)
+def test_walks_without_noise_equal_the_official_samplers(golden, name, case, sampler):
+    """`denoised_last` is D at the last level of the grid; the midpoint rule looks once more."""
+    x, _, out = official(golden, name, case)
+    answers = []
 
     def denoise(x, sigma, label=None):
-        return torch.tanh(x / (sigma[:, None, None, None] ** 2 + 0.25).sqrt())
+        answers.append(DENOISERS[name](x, sigma))
+        return answers[-1]
 
-    out = one_step(denoise, stored["x_T"], RANGE)
-    torch.testing.assert_close(out, stored["onestep/out"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sampler(denoise, x), out, rtol=1e-4, atol=2e-5)
+    if case != "onestep":
+        last = golden(f"samplers_{name}")[f"{case}/denoised_last"]
+        ours = answers[-2 if case == "dpm" else -1]
+        torch.testing.assert_close(ours, last, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", DENOISERS)
+def test_ancestral_equals_the_official_sampler(golden, name):
+    """It draws noise for the last step too, to 0, and multiplies it by 0."""
+    x, draws, out = official(golden, name, "ancestral", slice(6))
+    ours = ancestral(DENOISERS[name], x, SEVEN, generator=draws)
+    torch.testing.assert_close(ours, out, rtol=1e-4, atol=2e-5)
+    assert draws.queues["normal"] == []
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("solver", ["heun", "dpm"])
+@pytest.mark.parametrize(
+    ("case", "settings", "used"),
+    [("churn", (2.1, 0.05, 50.0, 1.003), slice(1, 6)), ("churn_all", (40.0,), slice(None))],
+)
+def test_churn_equals_the_official_samplers(golden, name, solver, case, settings, used):
+    """It draws noise for every step, and multiplies it by 0 outside of the window.
+
+    With D = tanh a path that runs close to 0 is torn to one side or the other, and the noise
+    decides late. There one rounding in float32 moves the result by more than 1e-6, so that the
+    stored result itself is not that of exact arithmetic. Those pixels, at most 1 in 100, are left
+    out; the others agree to the stated tolerance.
+    """
+    x, draws, out = official(golden, name, f"{solver}_{case}", used)
+    sampler, noises = Churn(*settings, solver=solver), list(draws.queues["normal"])
+    ours = sampler(DENOISERS[name], x, SEVEN, generator=draws)
+    assert draws.queues["normal"] == []
+
+    def rounded(by: float) -> torch.Tensor:
+        again = Replay(normals=[by * noise.double() for noise in noises])
+        return sampler(DENOISERS[name], by * x.double(), SEVEN, generator=again)
+
+    steady = (rounded(1 + 1e-7) - rounded(1.0)).abs() < 1e-6
+    assert float(steady.double().mean()) > 0.99
+    torch.testing.assert_close(ours[steady], out[steady], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("i", range(7))
+def test_ancestral_levels_equal_the_official_ones(golden, i):
+    """Where D = 0, a start at σ without noise ends at σ_down, and noise alone at σ_up."""
+
+    def nothing(x, sigma, label=None):
+        return torch.zeros_like(x)
+
+    start = SEVEN[i] * torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    draws = Replay(normals=[torch.tensor([[0.0], [1.0]], dtype=torch.float64)])
+    down_up = ancestral(nothing, start, SEVEN[i : i + 2], generator=draws)[:, 0]
+    expected = golden("sigmas")["ancestral/down_up"][i]
+    torch.testing.assert_close(down_up, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_an_edit_is_applied_after_every_evaluation(gaussian, generator):
@@ -150,6 +378,43 @@ def test_levels_that_rise_are_refused(gaussian, generator):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [ancestral, Churn(), lambda *a, generator: dpm(*a)],
+    ids=["ancestral", "churn", "dpm"],
+)
+def test_levels_that_rise_are_refused_by_every_walk(gaussian, generator, sampler):
+    with pytest.raises(ValueError, match=r"Did you mean sigmas.flip\(0\)"):
+        sampler(gaussian.denoiser, torch.ones(1, 2), torch.tensor([1.0, 80.0]), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"amount": -1.0}, "amount must be at least 0"),
+        ({"amount": math.inf}, "amount must be at least 0"),
+        ({"sigma_low": -0.1}, "expected 0 <= sigma_low <= sigma_high"),
+        ({"sigma_low": 2.0, "sigma_high": 1.0}, "expected 0 <= sigma_low <= sigma_high"),
+        ({"noise_scale": -1.0}, "noise_scale must be at least 0"),
+        ({"noise_scale": math.nan}, "noise_scale must be at least 0"),
+    ],
+)
+def test_impossible_churn_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Churn(**settings)
+
+
+def test_churn_with_another_solver_is_refused():
+    with pytest.raises((ValueError, Exception), match="solver"):
+        Churn(solver="euler")
+
+
+@pytest.mark.parametrize("sampler", [ancestral, Churn()], ids=["ancestral", "churn"])
+def test_a_single_level_is_where_one_stands(gaussian, sampler):
+    x = torch.ones(2, 2)
+    assert torch.equal(sampler(gaussian.denoiser, x, torch.ones(1), generator=Replay()), x)
+
+
 def test_samplers_build_no_graph(generator):
     weight = torch.ones(1, requires_grad=True)
 
@@ -157,10 +422,11 @@ def test_samplers_build_no_graph(generator):
         return x * weight
 
     x = normal(torch.empty(2, 2), generator)
-    assert not one_step(model, x, RANGE).requires_grad
-    assert not ode_sample(model, x, RANGE, levels=3).requires_grad
+    for sampler in SAMPLERS.values():
+        assert not sampler(model, x, None).requires_grad
 
 
+THREE = grid_to_zero(RANGE, 3)
 SAMPLERS = {
     "one step": lambda model, x, label: one_step(model, x, RANGE, label),
     "multistep": lambda model, x, label: multistep(
@@ -168,11 +434,19 @@ SAMPLERS = {
     ),
     "heun": lambda model, x, label: ode_sample(model, x, RANGE, label, levels=3),
     "euler": lambda model, x, label: ode_sample(model, x, RANGE, label, levels=3, solver="euler"),
+    "dpm": lambda model, x, label: dpm(model, x, THREE, label),
+    "churn": lambda model, x, label: Churn()(model, x, THREE, label, generator=seeded(0)),
+    "ancestral": lambda model, x, label: ancestral(model, x, THREE, label, generator=seeded(0)),
+    "progressive": lambda model, x, label: progressive(model, x, RANGE, label, steps=3),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "evaluations"), [("one step", 1), ("multistep", 3), ("heun", 5), ("euler", 3)]
+    ("name", "evaluations"),
+    [
+        *[("one step", 1), ("multistep", 3), ("heun", 5), ("euler", 3)],
+        *[("dpm", 6), ("churn", 5), ("ancestral", 3), ("progressive", 3)],
+    ],
 )
 def test_every_evaluation_is_told_the_class(gaussian, spy, name, evaluations):
     model, label = spy(gaussian.denoiser), torch.tensor([2, 0])
