@@ -4,17 +4,25 @@ None draws random numbers, trains, or calls `show()`. This is the only file that
 matplotlib.
 """
 
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field as field_
 from importlib.resources import as_file, files
+from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from cmbook.oracle import DistanceToTruth
 from cmbook.protocols import Path as Path_
 from cmbook.protocols import Samples
 
@@ -60,6 +68,131 @@ def paths(ax: Axes, points: Path_, color: str = TEACHER) -> Axes:
     ax.plot(x, y, color=color, alpha=0.5, linewidth=0.8)
     ax.set_aspect("equal")
     return ax
+
+
+def field(ax: Axes, points: Samples, arrows: Samples, color: str = TRUTH) -> Axes:
+    """Arrows at 2-D points, both `(n, 2)`; the long ones are shortened, their directions kept.
+
+    Source: ours.
+    """
+    x, y = points.detach().cpu().double().T.numpy()
+    length = arrows.detach().cpu().double().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    u, v = (arrows.detach().cpu() / length * (length / length.max()).sqrt()).T.numpy()
+    ax.quiver(x, y, u, v, color=color, pivot="mid", scale=22, width=0.004)
+    ax.set_aspect("equal")
+    return ax
+
+
+def distance(
+    ax: Axes, found: DistanceToTruth, quantity: Literal["median", "rms", "off"] = "rms"
+) -> Axes:
+    """How far a model is from the truth at every noise level, and whose fault it is.
+
+    The bands are 95% intervals.
+
+    Source: ours.
+    """
+    parts = (("discretization", TEACHER, "--"), ("network", CD, "-."), ("total", TRUTH, "-"))
+    for name, color, line in parts:
+        value, low, high = (100 * v.cpu() for v in getattr(getattr(found, name), quantity))
+        ax.plot(found.sigmas.cpu(), value, line, color=color, label=name)
+        ax.fill_between(found.sigmas.cpu(), low, high, color=color, alpha=0.2, linewidth=0)
+    said = {"median": "median distance", "rms": "rms distance", "off": "points off by > ¼ std"}
+    unit = "%" if quantity == "off" else "% of the data's std"
+    ax.set(xscale="log", xlabel="noise level σ", ylabel=f"{said[quantity]} ({unit})")
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return ax
+
+
+@dataclass(frozen=True)
+class Film:
+    """A short animation: shows itself in a notebook, and can be saved as a GIF.
+
+    Attributes:
+        gif: The whole file.
+
+    Source: ours.
+    """
+
+    gif: bytes = field_(repr=False)
+
+    def save(self, path: Path) -> None:
+        """Write the GIF; an older file is replaced only by a whole one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".unfinished-{path.name}")
+        unfinished.write_bytes(self.gif)
+        unfinished.replace(path)
+
+    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, str]:
+        return {"image/gif": b64encode(self.gif).decode(), "text/plain": repr(self)}
+
+
+def film(
+    points: Path_,
+    captions: Sequence[str],
+    *,
+    data: Samples | None = None,
+    color: str = TEACHER,
+    limit: float = 1.3,
+    seconds: float = 5.0,
+) -> Film:
+    """2-D points on the move, `(frames, n, 2)`: one frame for each caption.
+
+    The last frame is held for a second. With 60 frames of 500 points it weighs about 200 KB.
+
+    Args:
+        points: What moves.
+        captions: One line of text for each frame.
+        data: Points that stand still behind them.
+        color: Of the moving points.
+        limit: The picture shows [-limit, limit] in both directions.
+        seconds: How long it plays, before the last frame is held.
+
+    Raises:
+        ValueError: If there are not as many captions as frames.
+
+    Source: ours.
+    """
+    if len(points) != len(captions):
+        raise ValueError(f"{len(points)} frames need {len(points)} captions; got {len(captions)}")
+    with book_style():
+        figure = Figure(figsize=(3.2, 3.4))
+        frames = []
+        for cloud, caption in zip(points, captions, strict=True):
+            figure.clear()
+            _scene(figure.subplots(), cloud, caption, data, color, limit)
+            frames.append(_pixels(figure))
+    last = len(frames) - 1
+    durations = [max(20, round(1000 * seconds / len(frames)))] * last + [1000]
+    file = BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return Film(file.getvalue())
+
+
+def strip(
+    points: Path_,
+    captions: Sequence[str],
+    *,
+    data: Samples | None = None,
+    color: str = TEACHER,
+    limit: float = 1.3,
+) -> Figure:
+    """The same as a `film`, for paper: one panel for each frame, side by side.
+
+    Raises:
+        ValueError: If there are not as many captions as frames.
+
+    Source: ours.
+    """
+    if len(points) != len(captions):
+        raise ValueError(f"{len(points)} frames need {len(points)} captions; got {len(captions)}")
+    with book_style():
+        figure = Figure(figsize=(min(8.0, 2.0 * len(points)), 2.3))
+        axes = figure.subplots(1, len(points), squeeze=False)[0]
+        for ax, cloud, caption in zip(axes, points, captions, strict=True):
+            _scene(ax, cloud, caption, data, color, limit)
+    return figure
 
 
 def loss_curve(ax: Axes, steps: Sequence[float], losses: Sequence[float]) -> Axes:
@@ -125,6 +258,25 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(f".unfinished-{path.name}")
     figure.savefig(unfinished, format=path.suffix.lstrip(".") or "png")
     unfinished.replace(path)
+
+
+def _scene(
+    ax: Axes, cloud: Samples, caption: str, data: Samples | None, color: str, limit: float
+) -> None:
+    """One frame: the moving points before the standing ones."""
+    if data is not None:
+        scatter(ax, data, DATA)
+    scatter(ax, cloud, color)
+    ax.set(title=caption, xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
+
+
+def _pixels(figure: Figure) -> Image.Image:
+    """A figure as it looks on the screen, in 32 colors."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    size = canvas.get_width_height()
+    image = Image.frombytes("RGBA", size, bytes(canvas.buffer_rgba()))
+    return image.convert("RGB").quantize(32)
 
 
 def _mosaic(batch: Samples, columns: int) -> Tensor:

@@ -1,13 +1,24 @@
 """Pictures: they show what they are given, and disturb nothing."""
 
+import base64
+from io import BytesIO
+
 import matplotlib
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
-from cmbook import normal, plotting, seeded
+from cmbook import Gaussian, NoiseRange, distance_to_truth, normal, plotting, seeded
 
 POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]])
+
+
+def found():
+    world = Gaussian.isotropic([0.0, 0.0], 0.5)
+    return distance_to_truth(
+        world.denoiser, world, NoiseRange(), levels=5, n=50, generator=seeded(0)
+    )
 
 
 @pytest.fixture
@@ -20,10 +31,12 @@ def ax():
     [
         lambda ax: plotting.scatter(ax, POINTS),
         lambda ax: plotting.paths(ax, POINTS.expand(4, 3, 2)),
+        lambda ax: plotting.field(ax, POINTS, POINTS),
+        lambda ax: plotting.distance(ax, found()),
         lambda ax: plotting.loss_curve(ax, [1, 2], [0.5, 0.25]),
         lambda ax: plotting.images(ax, torch.zeros(3, 1, 2, 2)),
     ],
-    ids=["scatter", "paths", "loss curve", "images"],
+    ids=["scatter", "paths", "field", "distance", "loss curve", "images"],
 )
 def test_a_plot_returns_the_axis_it_was_given(ax, draw):
     assert draw(ax) is ax
@@ -39,6 +52,62 @@ def test_every_path_is_one_line_through_its_points(ax):
     plotting.paths(ax, walked)
     drawn = torch.stack([torch.tensor(line.get_xydata()) for line in ax.lines], 1)
     assert torch.equal(drawn, walked)
+
+
+def test_arrows_keep_their_directions_and_the_long_ones_are_shortened(ax):
+    plotting.field(ax, POINTS, torch.tensor([[4.0, 0.0], [0.0, -1.0], [0.0, 0.0]]))
+    quiver = ax.collections[0]
+    assert quiver.get_offsets().tolist() == POINTS.tolist()
+    assert quiver.U.tolist() == pytest.approx([1, 0, 0])
+    assert quiver.V.tolist() == pytest.approx([0, -0.5, 0])
+
+
+@pytest.mark.parametrize("quantity", ["median", "rms", "off"])
+def test_a_distance_is_drawn_in_percent_at_every_level_with_its_interval(ax, quantity):
+    truth = found()
+    plotting.distance(ax, truth, quantity)
+    drawn = {line.get_label(): line.get_xydata() for line in ax.lines}
+    for name in ("discretization", "network", "total"):
+        interval = getattr(getattr(truth, name), quantity)
+        assert drawn[name][:, 0].tolist() == truth.sigmas.tolist()
+        assert drawn[name][:, 1].tolist() == pytest.approx((100 * interval.value).tolist())
+    total = ax.collections[2].get_paths()[0].vertices[:, 1]  # the band of the last curve
+    _, low, high = (100 * values for values in getattr(truth.total, quantity))
+    assert (total.min(), total.max()) == pytest.approx((float(low.min()), float(high.max())))
+
+
+def test_a_film_shows_every_frame_and_holds_the_last():
+    points = POINTS * torch.linspace(1, 0, 5)[:, None, None]
+    film = plotting.film(points, ["σ"] * 5, data=POINTS, seconds=1.0)
+    with Image.open(BytesIO(film.gif)) as gif:
+        assert gif.n_frames == 5
+        durations = []
+        for i in range(5):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+    assert durations == [200, 200, 200, 200, 1000]
+    shown = film._repr_mimebundle_()
+    assert base64.b64decode(shown["image/gif"]) == film.gif
+    assert len(shown["text/plain"]) < 100
+
+
+def test_a_film_is_saved_whole(tmp_path):
+    film = plotting.film(POINTS[None], ["one"])
+    film.save(tmp_path / "new" / "a.gif")
+    assert (tmp_path / "new" / "a.gif").read_bytes() == film.gif
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.gif"]
+
+
+def test_a_strip_has_a_panel_for_each_caption():
+    figure = plotting.strip(POINTS.expand(3, 3, 2), ["a", "b", "c"], data=POINTS)
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes] == ["a", "b", "c"]
+    assert all(len(ax.collections) == 2 for ax in figure.axes)
+
+
+@pytest.mark.parametrize("draw", [plotting.film, plotting.strip])
+def test_frames_without_captions_are_refused(draw):
+    with pytest.raises(ValueError, match="3 frames need 3 captions; got 1"):
+        draw(POINTS.expand(3, 3, 2), ["a"])
 
 
 def test_a_loss_curve_is_logarithmic(ax):
