@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from cmbook.experiment import (
         Experiment as Experiment,
     )
+    from cmbook.guidance import (
+        guided as guided,
+    )
     from cmbook.losses import (
         EDM as EDM,
     )
@@ -104,13 +107,25 @@ if TYPE_CHECKING:
         velocity as velocity,
     )
     from cmbook.oracle import (
+        Dataset as Dataset,
+    )
+    from cmbook.oracle import (
+        DistanceToTruth as DistanceToTruth,
+    )
+    from cmbook.oracle import (
         Gaussian as Gaussian,
     )
     from cmbook.oracle import (
         GaussianMixture as GaussianMixture,
     )
     from cmbook.oracle import (
+        Guided as Guided,
+    )
+    from cmbook.oracle import (
         World as World,
+    )
+    from cmbook.oracle import (
+        distance_to_truth as distance_to_truth,
     )
     from cmbook.parameterization import (
         ConsistencyScalings as ConsistencyScalings,
@@ -155,6 +170,18 @@ if TYPE_CHECKING:
         run as run,
     )
     from cmbook.samplers import (
+        Churn as Churn,
+    )
+    from cmbook.samplers import (
+        ancestral as ancestral,
+    )
+    from cmbook.samplers import (
+        dpm as dpm,
+    )
+    from cmbook.samplers import (
+        grid_to_zero as grid_to_zero,
+    )
+    from cmbook.samplers import (
         multistep as multistep,
     )
     from cmbook.samplers import (
@@ -165,6 +192,9 @@ if TYPE_CHECKING:
     )
     from cmbook.samplers import (
         prior as prior,
+    )
+    from cmbook.samplers import (
+        progressive as progressive,
     )
     from cmbook.schedules import (
         AdaptiveLevels as AdaptiveLevels,
@@ -195,13 +225,18 @@ _NAMES = {
     "cmbook.schedules": "AdaptiveLevels DoublingLevels FixedLevels karras_sigmas",
     "cmbook.ode": "Counted euler_step heun_step solve trace velocity",
     "cmbook.distances": "L1 L2 LInf Norm PseudoHuber",
-    "cmbook.oracle": "Gaussian GaussianMixture World",
+    "cmbook.guidance": "guided",
+    "cmbook.oracle": (
+        "Dataset DistanceToTruth Gaussian GaussianMixture Guided World distance_to_truth"
+    ),
     # floor 1 · models
     "cmbook.parameterization": "ConsistencyScalings EDMScalings Preconditioned",
     "cmbook.networks": "MLP ResidualMLP UNet",
     # floor 2 · algorithms
     "cmbook.losses": "EDM ConsistencyDistillation ConsistencyTraining",
-    "cmbook.samplers": "multistep ode_sample one_step prior",
+    "cmbook.samplers": (
+        "Churn ancestral dpm grid_to_zero multistep ode_sample one_step prior progressive"
+    ),
     # floor 3 · workshop
     "cmbook.data": "Digits TensorData Toy",
     "cmbook.training": "blend distilled train",

@@ -9,7 +9,10 @@ import cmbook
 
 ROOT = Path(cmbook.__file__).parent
 FLOORS = {
-    0: {"protocols", "noise", "schedules", "ode", "distances", "weights", "oracle"},
+    0: {
+        *["protocols", "noise", "schedules", "conventions", "ode", "distances", "weights"],
+        *["guidance", "oracle"],
+    },
     1: {"parameterization", "networks"},
     2: {"losses", "samplers"},
     3: {"data", "training", "checkpoints", "evaluation"},
@@ -21,13 +24,13 @@ THIRD_PARTY = {
     1: {"torch", "einops"},
     2: {"torch"},
     3: {"torch", "safetensors", "sklearn", "scipy"},
-    4: {"torch", "tomli_w", "tqdm", "matplotlib"},
+    4: {"torch", "tomli_w", "tqdm", "matplotlib", "PIL"},
     5: {"torch", "tyro", "numpy", "matplotlib"},
 }
 STANDARD = {
-    "ast", "collections", "contextlib", "copy", "csv", "dataclasses", "difflib", "functools",
-    "hashlib", "importlib", "json", "math", "os", "pathlib", "platform", "shutil", "signal", "sys",
-    "threading", "time", "tomllib", "types", "typing",
+    "ast", "base64", "collections", "contextlib", "copy", "csv", "dataclasses", "difflib",
+    "functools", "hashlib", "importlib", "io", "itertools", "json", "math", "os", "pathlib",
+    "platform", "shutil", "signal", "sys", "threading", "time", "tomllib", "types", "typing",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -94,6 +94,12 @@ def test_log_normal_levels_have_their_mean_and_spread(generator):
     assert stats.kstest(logs.numpy(), "norm", args=(-1.2, 1.2)).pvalue > 1e-3
 
 
+def test_noise_levels_are_by_default_those_of_edm():
+    """Karras et al. (2022), Table 1: half of them lie below exp(-1.2), five of six below 1."""
+    at = Replay(normals=[torch.tensor([0.0, 1.0])])
+    assert LogNormal()(2, at).tolist() == pytest.approx([0.301194, 1.0], rel=1e-5)
+
+
 def test_weighted_choices_follow_their_weights(generator):
     weights = torch.tensor([0.1, 0.0, 0.6, 0.3])
     counts = torch.bincount(choose(100_000, weights, generator), minlength=4).double()

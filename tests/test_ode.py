@@ -66,6 +66,16 @@ def test_heun_falls_back_to_euler_where_sigma_reaches_zero(gaussian, generator):
     assert not torch.allclose(heun[1], euler[1])
 
 
+def test_a_heun_step_to_zero_asks_nothing_there_and_has_a_finite_slope(gaussian, spy):
+    """At 0 the velocity is 0/0: masked in the result, it would come back in the gradient."""
+    model, x = spy(gaussian.denoiser), torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    sigma = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    sigma_next = torch.tensor([0.0, 0.2], dtype=torch.float64)
+    heun_step(model, x, sigma, sigma_next).sum().backward()
+    assert bool((torch.cat(model.sigmas) > 0).all())
+    assert bool(x.grad.isfinite().all())
+
+
 def test_trace_holds_every_point_of_solve(gaussian, generator):
     x = 80 * normal(torch.empty(3, 2), generator)
     sigmas = NoiseRange().grid(7)

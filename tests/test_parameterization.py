@@ -119,6 +119,25 @@ def test_the_two_dresses_nearly_agree_far_above_the_boundary():
         torch.testing.assert_close(edm, consistency, rtol=5e-3, atol=0)
 
 
+class Told(nn.Module):
+    """A network that says what it is given."""
+
+    def forward(self, x, c_noise, label=None):
+        return x.sin() + c_noise[:, None]
+
+
+@pytest.mark.parametrize(("kind", "eps"), [(EDMScalings, 0.0), (ConsistencyScalings, 0.1)])
+def test_the_model_is_its_equation_by_hand(kind, eps):
+    """Karras et al. (2022), eq. 7, and Song et al. (2023), eq. 5, for data of another spread."""
+    model = Preconditioned(Told(), kind(NoiseRange(sigma_min=0.1, sigma_data=0.3)))
+    x = normal(torch.empty(5, 2, dtype=torch.float64), seeded(0))
+    s = torch.logspace(-1, 1.9, 5, dtype=torch.float64)[:, None]
+    root = (s**2 + 0.09).sqrt()
+    said = (x / root).sin() + s.log() / 4
+    expected = 0.09 / ((s - eps) ** 2 + 0.09) * x + 0.3 * (s - eps) / root * said
+    torch.testing.assert_close(model(x, s[:, 0]), expected)
+
+
 def test_half_precision_sigma_is_refused():
     model = Preconditioned(Loud(), EDMScalings())
     with pytest.raises(ValueError, match="sigma must be float32 or float64"):

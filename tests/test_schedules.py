@@ -46,6 +46,15 @@ def test_levels_equal_the_official_ones(golden):
         torch.testing.assert_close(ours, stored[f"case{case}/sigmas"][:-1], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parity
+def test_a_grid_of_one_level_is_refused_where_the_official_code_returns_it(golden):
+    """There n = 1 gives sigma_max and 0. One level bounds no interval, so we ask for two."""
+    stored = golden("sigmas")
+    assert stored["case5/sigmas"].tolist() == pytest.approx([80.0, 0.0], rel=1e-6)
+    with pytest.raises(ValueError, match="at least 2 levels; got n = 1"):
+        karras_sigmas(1, 0.002, 80, 7)
+
+
 @pytest.mark.parametrize(
     "bad", [(1, 0.1, 1, 7), (4, 0, 1, 7), (4, 1, 1, 7), (4, 2, 1, 7), (4, 0.1, math.inf, 7),
             (4, 0.1, 1, 0), (4, math.nan, 1, 7)],
@@ -106,12 +115,38 @@ def test_curriculum_equals_the_official_one(golden, name, start, end, decay, ste
 
 
 @pytest.mark.parity
-def test_curriculum_equals_that_of_the_cifar10_code(golden):
-    """That code computes in float32, which may fall on the other side of a ceiling."""
+@pytest.mark.parametrize(
+    ("name", "curriculum"),
+    [
+        ("adaptive_cifar", AdaptiveLevels(2, 150, 0.9, "code")),
+        ("adaptive_b", AdaptiveLevels(5, 60, 0.95, "code")),
+    ],
+)
+def test_curriculum_equals_that_of_the_cifar10_code(golden, name, curriculum):
+    """That code computes in float32. None of the stored steps is so near a ceiling as to tell."""
     stored = golden("schedules_jax")
     clocks = [Clock(int(k), 800_000) for k in stored["steps"]]
-    ours = torch.tensor([levels_at(clock, 2, 150) for clock in clocks])
-    assert int((ours - stored["adaptive_cifar/scales"]).abs().max()) <= 1
+    assert stored[f"{name}/scales"].tolist() == [curriculum.levels_at(clock) for clock in clocks]
+    decays = torch.tensor([curriculum.decay_at(clock) for clock in clocks], dtype=torch.float64)
+    torch.testing.assert_close(decays, stored[f"{name}/ema"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parity
+def test_fixed_levels_equal_the_official_ones(golden):
+    """Here, and here alone, the number given is N itself: nothing is added to it."""
+    stored, schedule = golden("schedules"), FixedLevels(40, 0.95)
+    clocks = [Clock(int(k), 600_000) for k in stored["fixed_fixed/steps"]]
+    assert stored["fixed_fixed/scales"].tolist() == [schedule.levels_at(c) for c in clocks]
+    assert stored["fixed_fixed/ema"].tolist() == [schedule.decay_at(c) for c in clocks]
+
+
+@pytest.mark.parity
+def test_growing_levels_under_a_fixed_decay_equal_the_official_ones(golden):
+    """A mixed mode of the released code: N(k) of the curriculum, and μ = 0.99 throughout."""
+    stored = golden("schedules")
+    clocks = [Clock(int(k), 600_000) for k in stored["fixed_progressive/steps"]]
+    assert stored["fixed_progressive/scales"].tolist() == [levels_at(c, 2, 120) for c in clocks]
+    assert set(stored["fixed_progressive/ema"].tolist()) == {0.99}
 
 
 def test_adaptive_levels_end_one_above_their_end_and_never_fall():

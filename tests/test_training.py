@@ -145,6 +145,14 @@ def test_a_distilled_student_begins_with_the_teachers_weights():
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_distilled_student_keeps_the_boundary():
+    """f(x, sigma_min) = x, although its teacher denoises a little there."""
+    teacher, least = built(MLP(32, 3), scalings=EDMScalings(RANGE)), torch.full((3,), 0.002)
+    x = normal(torch.empty(3, 2), seeded(0))
+    assert torch.equal(distilled(teacher, ConsistencyScalings(RANGE))(x, least), x)
+    assert not torch.equal(teacher(x, least), x)
+
+
 def test_a_distilled_student_learns_although_its_teacher_is_frozen():
     teacher = built(MLP(32, 3), scalings=EDMScalings(RANGE)).requires_grad_(False)
     assert all(p.requires_grad for p in distilled(teacher, ConsistencyScalings(RANGE)).parameters())
@@ -257,6 +265,38 @@ def test_the_target_follows_the_student_with_the_objectives_decay(method):
     mu = objective.target_decay(Clock(0, 1))
     for name, after in student.state_dict().items():
         torch.testing.assert_close(target[name], mu * before[name] + (1 - mu) * after)
+
+
+@pytest.mark.parametrize("method", ["ct", "ct with a target"])
+def test_the_average_follows_the_student_with_its_own_decay(method):
+    student, optimizer = begin(METHODS[method])
+    before = deepcopy(student.state_dict())
+    knobs = {"optimizer": optimizer, "average_decay": 0.7}
+    average = steps(METHODS[method], 1, student, **knobs).average.state_dict()
+    for name, after in student.state_dict().items():
+        torch.testing.assert_close(average[name], 0.7 * before[name] + 0.3 * after)
+
+
+def test_a_step_follows_the_gradient_of_its_own_batch_alone():
+    student, _ = begin(METHODS["edm"])
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    training = train(student, RING.batches(32, 0), METHODS["edm"], steps=2, optimizer=optimizer)
+    next(training)
+    alone = deepcopy(student)
+    next(training)
+    batch, clock = next(RING.batches(32, 0, start=1)), Clock(1, 2)
+    loss = METHODS["edm"](Models(alone), batch, clock=clock, generator=seeded(0, "step", 1))
+    loss.value.backward()
+    for after, before in zip(student.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.1 * before.grad)
+
+
+def test_every_step_draws_noise_of_its_own():
+    student, optimizer = begin(METHODS["edm"])
+    training = train(student, RING.batches(32, 0), METHODS["edm"], steps=3, optimizer=optimizer)
+    first, second, third = (step.loss.sigma for step in training)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 def test_the_student_trains_and_the_average_does_not():
