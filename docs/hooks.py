@@ -1,4 +1,4 @@
-"""MkDocs hooks: notebooks become the pages of Learn, and the command line prints its own help.
+"""MkDocs hooks: notebooks become pages, terms explain themselves, commands print their help.
 
 Notebooks are never executed here. Their outputs are stored, and the tests compare them.
 """
@@ -7,12 +7,15 @@ import contextlib
 import io
 import os
 import re
+from base64 import b64decode
+from html import escape
 from pathlib import Path
 from unittest import mock
 
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 from nbformat.v4 import new_markdown_cell
 
@@ -21,36 +24,83 @@ TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
 ``` {.text .output}
 {{ output.text.rstrip() }}
 ```
-{% endblock %}
-{% block data_png %}
-![{{ cell.metadata.alt }}]({{ output.metadata.filenames['image/png'] | path2url }})
 {% endblock %}"""
+SILENT = r"""<(pre|code|h\d|a|autoref|summary|script|title)\b.*?</\1>
+    |<(?:span|div)\ class="arithmatex">.*?</(?:span|div)>|<[^>]*>"""  # no term is explained here
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add a page, its figures and the notebook itself for every notebook."""
+    root = Path(config.config_file_path).parent
+    learn: list[object] = next(
+        (entry["Learn"] for entry in config.nav or [] if "Learn" in entry), []
+    )
+    for place, notebook in enumerate(sorted((root / "notebooks").glob("*.ipynb")), 1):
+        text, figures = page_of(notebook)
+        page = f"learn/{notebook.stem}.md"
+        files.append(File.generated(config, page, content=text))
+        files.append(File.generated(config, f"learn/{notebook.name}", abs_src_path=str(notebook)))
+        for name, picture in figures.items():
+            files.append(File.generated(config, f"learn/{name}", content=picture))
+        learn.insert(place, {f"{chapter(notebook)} {title(text)}".strip(): page})
+    return files
+
+
+def on_page_markdown(markdown: str, *, files: Files, **kwargs: object) -> str:
+    """Fill in what a page would otherwise repeat by hand."""
+    markdown = re.sub(r"<!-- help: (\w+) -->", lambda found: help_of(found[1]), markdown)
+    markdown = re.sub(
+        r"<!-- notebooks: ([\d ]+) -->", lambda found: links(files, found[1].split()), markdown
+    )
+    return markdown.replace("<!-- notebooks -->", contents(files))
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, **kwargs: object) -> str:
+    """Let terms explain themselves under the pointer, and figures open alone to be looked into."""
+    html = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+    glossary = Path(config.docs_dir) / "glossary.md"
+    terms = hovers(glossary.read_text(encoding="utf-8")) if glossary.is_file() else {}
+    return html if page.file.src_uri == glossary.name else explained(html, terms)
+
+
+# ── notebooks ──
 
 
 def page_of(notebook: Path) -> tuple[str, dict[str, bytes]]:
     """A stored notebook as Markdown, and the figures that it shows, by file name."""
     book = nbformat.read(notebook, as_version=4)
-    cells = []
+    cells: list[nbformat.NotebookNode] = []
+    figures: dict[str, bytes] = {}
     for i, cell in enumerate(book.cells):
         if cell.cell_type == "markdown":
             text = re.sub(r"\]\(([\w-]+)\.ipynb", r"](\1.md", cell.source)  # to another notebook
             text = text.replace("](../docs/", "](../").replace("<details>", "<details markdown>")
             cells.append(new_markdown_cell(text))
-        elif "solution" in cell.metadata.get("tags", []):
+            continue
+        figures |= pull_figures(cell, f"{notebook.stem}_{i}", alt_text(book.cells[: i + 2]))
+        if "solution" in cell.metadata.get("tags", []):
             fold = '<details class="solution" markdown>\n<summary>Solution</summary>'
             cells += [new_markdown_cell(fold), cell, new_markdown_cell("</details>")]
         else:
             cells.append(cell)
-        cell.metadata.setdefault("alt", alt_text(book.cells[: i + 2]))
-    title, line, rest = cells[0].source.partition("\n")
-    load = f"\n[Download this notebook]({notebook.name}){{ .download download }}\n"
-    cells[0].source = title + "\n" + load + line + rest
-    exporter = MarkdownExporter(raw_template=TEMPLATE)
-    resources = {"unique_key": notebook.stem, "output_files_dir": ""}
-    text, resources = exporter.from_notebook_node(
-        nbformat.v4.new_notebook(cells=cells, metadata=book.metadata), resources
-    )
-    return text, resources["outputs"]
+    heading, line, rest = cells[0].source.partition("\n")
+    anchor = f" {{ #notebook-{chapter(notebook)} }}"
+    load = f"\n\n[Download this notebook]({notebook.name}){{ .download download }}\n"
+    cells[0].source = heading + anchor + load + line + rest
+    book = nbformat.v4.new_notebook(cells=cells, metadata=book.metadata)
+    return MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(book)[0], figures
+
+
+def pull_figures(cell: nbformat.NotebookNode, name: str, alt: str) -> dict[str, bytes]:
+    """The pictures that a cell shows, each replaced by a link; an animation before its still."""
+    figures = {}
+    for place, output in enumerate(cell.outputs):
+        kind = next((k for k in ("gif", "png") if f"image/{k}" in output.get("data", {})), None)
+        if kind:
+            file = f"{name}_{place}.{kind}"
+            figures[file] = b64decode(output.data[f"image/{kind}"])
+            output.data = {"text/markdown": f"![{alt}]({file})\n"}
+    return figures
 
 
 def alt_text(cells: list[nbformat.NotebookNode]) -> str:
@@ -61,21 +111,6 @@ def alt_text(cells: list[nbformat.NotebookNode]) -> str:
     return re.sub(r"[\[\]$\\`\s]+", " ", below[1] if below else heading).strip()
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page, its figures and the notebook itself for every notebook."""
-    root = Path(config.config_file_path).parent
-    learn = next((entry["Learn"] for entry in config.nav or [] if "Learn" in entry), [])
-    for place, notebook in enumerate(sorted((root / "notebooks").glob("*.ipynb")), 1):
-        text, figures = page_of(notebook)
-        page = f"learn/{notebook.stem}.md"
-        files.append(File.generated(config, page, content=text))
-        files.append(File.generated(config, f"learn/{notebook.name}", abs_src_path=str(notebook)))
-        for name, png in figures.items():
-            files.append(File.generated(config, f"learn/{name}", content=png))
-        learn.insert(place, {f"{chapter(notebook)} {title(text)}".strip(): page})
-    return files
-
-
 def chapter(notebook: Path) -> str:
     """The number that a notebook's name begins with."""
     return "".join(re.findall(r"^\d+", notebook.stem))
@@ -83,25 +118,57 @@ def chapter(notebook: Path) -> str:
 
 def title(text: str) -> str:
     """The first heading of a page."""
-    return "".join(re.findall(r"^# (.+)", text, re.M)[:1])
+    return "".join(re.findall(r"^# (.+?)(?: \{.*\})?$", text, re.M)[:1])
 
 
-def on_page_markdown(markdown: str, *, files: Files, **kwargs: object) -> str:
-    """Fill in what a page would otherwise repeat by hand."""
-    markdown = re.sub(r"<!-- help: (\w+) -->", lambda found: help_of(found[1]), markdown)
-    return markdown.replace("<!-- notebooks -->", contents(files))
+def chapters(files: Files) -> dict[str, File]:
+    """The pages that were notebooks, by number."""
+    pages = (f for f in files.documentation_pages() if f.generated_by)
+    return {chapter(Path(f.src_uri)): f for f in pages if f.src_uri.startswith("learn/")}
 
 
 def contents(files: Files) -> str:
     """The list of the notebooks, each with its promise."""
     entries = []
-    for file in files.documentation_pages():
-        if file.generated_by and file.src_uri.startswith("learn/"):
-            text = file.content_string
-            promise = "".join(re.findall(r"^\*\*The promise\.\*\* (.+)", text, re.M)[:1])
-            number = chapter(Path(file.src_uri))
-            entries.append(f"- **{number} [{title(text)}]({Path(file.src_uri).name})** {promise}")
+    for number, file in chapters(files).items():
+        text = file.content_string
+        promise = "".join(re.findall(r"^\*\*The promise\.\*\* (.+)", text, re.M)[:1])
+        entries.append(f"- **{number} [{title(text)}]({Path(file.src_uri).name})** {promise}")
     return "\n".join(entries)
+
+
+def links(files: Files, numbers: list[str]) -> str:
+    """Links from a page of Learn to the notebooks of these numbers, as far as they exist."""
+    there = chapters(files)
+    return ", ".join(f"[{n}]({Path(there[n].src_uri).name})" for n in numbers if n in there)
+
+
+# ── terms and commands ──
+
+
+def hovers(glossary: str) -> dict[str, str]:
+    """The terms that explain themselves: those marked so, with their first paragraph."""
+    entries = re.findall(r"^### (.+) \{ \.hover \}\n\n((?:.+\n?)+)", glossary, re.M)
+    return {term: " ".join(words.split()) for term, words in entries}
+
+
+def explained(html: str, terms: dict[str, str]) -> str:
+    """Mark each term where a section first uses it, but not in headings, links, code or math."""
+    spelled = {t[0].upper() + t[1:]: words for t, words in terms.items()} | terms
+    longest_first = map(re.escape, sorted(spelled, key=len, reverse=True))
+    seen: set[str] = set()
+
+    def mark(found: re.Match[str]) -> str:
+        text, term = found[0], found["term"]
+        if term is None:
+            if re.match(r"<h\d", text):
+                seen.clear()
+        elif spelled[term] not in seen:
+            seen.add(spelled[term])
+            return f'<abbr title="{escape(spelled[term])}">{term}</abbr>'
+        return text
+
+    return re.sub(rf"(?xs){SILENT}|\b(?P<term>{'|'.join(longest_first)})\b", mark, html)
 
 
 def help_of(command: str) -> str:

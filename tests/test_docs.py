@@ -1,29 +1,43 @@
 """The docs tell the truth: names exist, sources are named, code blocks run, notebooks convert."""
 
 import ast
+import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
+from unittest import mock
 
 import markdown
 import nbformat
 import pytest
+import torch
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
+from torch import Tensor
 
 import cmbook
+import cmbook.schedules
+from cmbook import plotting
+from cmbook.oracle import GaussianMixture, Guided
+from cmbook.parameterization import ConsistencyScalings, EDMScalings
 
 ROOT = Path(__file__).resolve().parents[1]
 API = "\n".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.md")))
 FLOORS_0_TO_2 = [
-    *["protocols", "noise", "schedules", "ode", "distances", "weights", "oracle"],
+    *["protocols", "noise", "schedules", "conventions", "ode", "distances", "weights", "guidance"],
+    *[f"oracle.{name}" for name in ("worlds", "dataset", "guided", "distance", "integrate")],
     *["parameterization", "networks.blocks", "networks.mlp", "networks.unet"],
     *["losses.regression", "losses.edm", "losses.cd", "losses.ct", "samplers"],
 ]
 ABOVE = ["data", "training", "checkpoints", "evaluation", "experiment", "runs", "plotting", "demo"]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
+GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 
 
@@ -86,7 +100,7 @@ def test_every_public_name_has_a_docstring(name):
 
 
 def test_every_module_of_floors_0_to_2_is_checked_for_sources():
-    packages = ["cmbook", "cmbook.losses", "cmbook.networks"]
+    packages = ["cmbook", "cmbook.losses", "cmbook.networks", "cmbook.oracle"]
     listed = [f"cmbook.{name}" for name in [*FLOORS_0_TO_2, *ABOVE, "__main__"]]
     assert sorted([*listed, *packages]) == modules()
 
@@ -174,6 +188,7 @@ def test_remarks_of_a_docstring_become_quiet_paragraphs():
 def notebook(tmp_path):
     v4 = nbformat.v4
     figure = v4.new_output("display_data", {"image/png": PNG, "text/plain": "<Figure>"})
+    moving = {"image/gif": GIF, "image/png": PNG, "text/plain": "<Image>"}
     said = v4.new_output("stream", name="stdout", text="4\n")
     book = v4.new_notebook(
         cells=[
@@ -183,6 +198,8 @@ def notebook(tmp_path):
             v4.new_markdown_cell(
                 "*In the picture: a [dot] of $x_0$.* See [on](01_next.ipynb#end)."
             ),
+            v4.new_code_cell("animate()", outputs=[v4.new_output("display_data", moving)]),
+            v4.new_markdown_cell("![The roles](../docs/assets/roles.svg)"),
             v4.new_markdown_cell(
                 "## A heading\n\n<details><summary>Hint</summary>\n\n`2`\n\n</details>"
             ),
@@ -197,11 +214,27 @@ def notebook(tmp_path):
 
 def test_a_notebook_becomes_a_page_with_its_figures(notebook):
     text, figures = load("hooks").page_of(notebook)
-    shown = re.findall(r"!\[(.*?)\]\((.*?)\)", text)
+    shown = re.findall(r"!\[(.*?)\]\((00_.*?)\)", text)
     assert [name for _, name in shown] == list(figures)
-    assert [alt for alt, _ in shown] == ["a dot of x_0 .", "A heading"]
-    assert all(png.startswith(b"\x89PNG") for png in figures.values())
-    assert text.startswith("# A title\n\n[Download this notebook](00_small.ipynb)")
+    assert [alt for alt, _ in shown] == ["a dot of x_0 .", "A title", "A heading"]
+    first, *_, last = figures.values()
+    assert first.startswith(b"\x89PNG")
+    assert last.startswith(b"\x89PNG")
+    assert text.startswith("# A title { #notebook-00 }\n\n[Download this notebook](00_small.ipynb)")
+    assert "<Figure>" not in text
+
+
+def test_an_animation_is_shown_in_place_of_its_still(notebook):
+    text, figures = load("hooks").page_of(notebook)
+    (name,) = (name for name in figures if name.endswith(".gif"))
+    assert figures[name].startswith(b"GIF89a")
+    assert f"![A title]({name})" in text
+    assert "<Image>" not in text
+
+
+def test_a_drawing_of_the_site_is_shown_in_a_notebooks_page(notebook):
+    text, _ = load("hooks").page_of(notebook)
+    assert "![The roles](../assets/roles.svg)" in text
 
 
 def test_the_math_of_a_notebook_survives(notebook):
@@ -234,12 +267,293 @@ def test_every_notebook_of_the_book_converts_whole(path):
     text, figures = load("hooks").page_of(path)
     book = nbformat.read(path, as_version=4)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
-    drawn = sum("image/png" in out.get("data", {}) for c in cells for out in c.outputs)
-    assert len(figures) == drawn == len(re.findall(r"^!\[[^\]]{3,}\]\([^)]+\)", text, re.MULTILINE))
+    kinds = {"image/png", "image/gif"}
+    drawn = sum(bool(kinds & set(out.get("data", {}))) for c in cells for out in c.outputs)
+    shown = re.findall(rf"^!\[[^\]]{{3,}}\]\(({path.stem}[^)]+)\)", text, re.MULTILINE)
+    assert len(figures) == drawn
+    assert shown == list(figures)
     assert all(cell.source in text for cell in cells)
     assert text.count("<summary>Solution</summary>") == sum(
         "solution" in cell.metadata.get("tags", []) for cell in cells
     )
+
+
+def test_a_page_lists_and_links_the_notebooks_that_exist(notebook):
+    (notebook.parent / "notebooks").mkdir()
+    notebook.rename(notebook.parent / "notebooks" / notebook.name)
+    (notebook.parent / "docs").mkdir()
+    config = MkDocsConfig(config_file_path=str(notebook.parent / "mkdocs.yml"))
+    hooks = [str(ROOT / "docs/hooks.py")]
+    config.load_dict({"site_name": "A", "plugins": [], "hooks": hooks, "nav": [{"Learn": []}]})
+    assert config.validate() == ([], [])
+    files = config.plugins.on_files(Files([]), config=config)
+    assert config.nav == [{"Learn": [{"00 A title": "learn/00_small.md"}]}]
+    page = "<!-- notebooks -->\n\n| <!-- notebooks: 00 07 --> |"
+    filled = config.plugins.on_page_markdown(page, page=None, config=config, files=files)
+    assert filled == "- **00 [A title](00_small.md)** Much.\n\n| [00](00_small.md) |"
+
+
+# ── words and roles ──
+
+
+def test_every_hover_definition_is_short_and_plain():
+    """A pointer shows no formulas, no code and no links."""
+    terms = load("hooks").hovers((ROOT / "docs/glossary.md").read_text(encoding="utf-8"))
+    assert {"NFE", "CD", "CT", "EMA", "ODE", "LPIPS", "FID", "pseudo-Huber"} <= set(terms)
+    for words in terms.values():
+        assert 20 < len(words) < 160
+        assert not set("$`[]*<>") & set(words)
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    page = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^### (.+?)(?: \{.*\})?$", page, re.MULTILINE)
+    assert terms == sorted(terms, key=str.lower)
+    assert {"student", "target", "teacher", "average", "seam", "guidance"} <= set(terms)
+
+
+@pytest.mark.parametrize(
+    ("html", "marked"),
+    [
+        ("<p>NFE and NFE.</p>", "<p>[NFE] and NFE.</p>"),
+        ("<p>NFE</p><h2>NFE</h2><p>NFE</p>", "<p>[NFE]</p><h2>NFE</h2><p>[NFE]</p>"),
+        ("<p>Pseudo-Huber</p><p>pseudo-Huber</p>", "<p>[Pseudo-Huber]</p><p>pseudo-Huber</p>"),
+        ("<p>nfe, NFEs, xNFE, <em>NFE</em></p>", "<p>nfe, NFEs, xNFE, <em>[NFE]</em></p>"),
+        ('<a href="NFE">NFE</a>', '<a href="NFE">NFE</a>'),
+        ('<img alt="NFE">', '<img alt="NFE">'),
+        ("<pre><code>a < NFE\n</code></pre>", "<pre><code>a < NFE\n</code></pre>"),
+        *[(text, text) for text in ("<code>NFE</code>", "<summary>NFE</summary>")],
+        *[(text, text) for text in (r'<span class="arithmatex">\(NFE\)</span>',)],
+    ],
+)
+def test_terms_explain_themselves_once_a_section_and_never_in_code_math_or_links(html, marked):
+    terms = {"NFE": "A <count>.", "pseudo-Huber": "A distance."}
+    shown = load("hooks").explained(html, terms)
+    assert re.sub(r"<abbr title=\"[^\"<>]+\">(.*?)</abbr>", r"[\1]", shown) == marked
+
+
+def test_a_figure_opens_alone_and_terms_of_the_glossary_are_marked_on_a_page():
+    config = MkDocsConfig()
+    config.load_dict({"docs_dir": str(ROOT / "docs")})
+    hooks, html = load("hooks"), '<p><img alt="CD" src="../a.png" /> CD</p>'
+    for name in ("index.md", "glossary.md"):
+        page = mock.Mock(file=mock.Mock(src_uri=name))
+        shown = hooks.on_page_content(html, page=page, config=config)
+        assert '<p><a href="../a.png"><img alt="CD" src="../a.png" /></a> ' in shown
+        assert ("<abbr" in shown) is (name == "index.md")
+
+
+def test_the_roles_are_drawn_in_the_colors_of_the_book():
+    drawing = (ROOT / "docs/assets/roles.svg").read_text(encoding="utf-8")
+    for color in (plotting.DATA, plotting.TEACHER, plotting.CD, plotting.CT):
+        assert color in drawing
+    for role in ("student", "target", "teacher", "average"):
+        assert f">{role}" in drawing
+    assert 'fill="#fff"' in drawing, "the paper of every figure is white"
+
+
+def test_every_image_of_a_page_has_a_text_in_its_place():
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    shown = [
+        (page.name, alt)
+        for page in pages
+        for alt in re.findall(r"!\[([^\]]*)\]\(", page.read_text())
+    ]
+    assert [page for page, alt in shown if len(alt) < 40] == []
+
+
+# ── who uses what ──
+
+CODE = """
+import cmbook as cm
+import cmbook.oracle
+from cmbook import plotting, solve as walk
+from cmbook.noise import NoiseRange
+import torch
+cm.EDM(); cm.losses.EDM; cmbook.oracle.World; walk(); plotting.scatter(NoiseRange.grid, torch.ones)
+"""
+
+
+def test_what_code_takes_from_the_package_is_found_however_it_is_imported():
+    names = set(load("docstrings").taken(CODE))
+    assert names == {
+        *("cmbook.losses", "cmbook.losses.EDM", "cmbook.oracle", "cmbook.oracle.World"),
+        *("cmbook.ode.solve", "cmbook.plotting", "cmbook.plotting.scatter"),
+        *("cmbook.noise.NoiseRange", "cmbook.noise.NoiseRange.grid"),
+    }
+
+
+def test_a_docstring_names_the_notebooks_that_use_its_object(tmp_path, monkeypatch):
+    v4, docstrings = nbformat.v4, load("docstrings")
+    for name, code in (("02_a", CODE), ("05_b", "from cmbook import EDM\nEDM()")):
+        book = v4.new_notebook(cells=[v4.new_markdown_cell("# A"), v4.new_code_cell(code)])
+        nbformat.write(book, tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(docstrings, "NOTEBOOKS", tmp_path)
+    links = "[02][notebook-02], [05][notebook-05]"
+    assert docstrings.used_in("cmbook.losses.edm.EDM") == f"\n\n**Used in** {links}\n{{: .used }}"
+    assert "[02]" in docstrings.used_in("cmbook.noise.NoiseRange")
+    assert docstrings.used_in("cmbook.noise.normal") == ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_name_that_a_notebook_takes_exists(path):
+    """The names behind "Used in" are those of real things."""
+    for name in load("docstrings").uses(path.parent)[path.stem[:2]]:
+        assert resolves(name), name
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name leads to a thing of the package."""
+    for split in range(name.count(".") + 1, 0, -1):
+        module, rest = name.split(".")[:split], name.split(".")[split:]
+        with contextlib.suppress(ModuleNotFoundError):
+            thing = importlib.import_module(".".join(module))
+            for attribute in rest:
+                thing = getattr(thing, attribute, None) or getattr(
+                    thing, "__dataclass_fields__", {}
+                ).get(attribute)
+            return thing is not None
+    return False
+
+
+# ── paper, code and folklore ──
+
+
+FOLKLORE = (ROOT / "docs/learn/folklore.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", FOLKLORE, re.MULTILINE | re.DOTALL))
+RANGE = cmbook.NoiseRange()
+
+
+def huber_by_pixel(*differences: float, c: float) -> float:
+    return sum(math.sqrt(d**2 + c**2) - c for d in differences)
+
+
+def training_loss_of_the_exact_function(levels: int) -> float:
+    """By hand, for 1-D Gaussian data of variance 1/4: f(x, σ) = a(σ) x, and x = x0 + σ z."""
+    sigma = RANGE.grid(levels)
+    a = ((0.25 + RANGE.sigma_min**2) / (0.25 + sigma**2)).sqrt()
+    return float((0.25 * a.diff() ** 2 + (a * sigma).diff() ** 2).mean())
+
+
+def guided_and_sharpened(scale: float) -> list[Tensor]:
+    """Mean and standard deviation of guided samples, and of the law that they are said to have."""
+    world = GaussianMixture.isotropic(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), 0.5)
+    starts = 80 * torch.special.ndtri((torch.arange(201, dtype=torch.float64) + 0.5) / 201)
+    sigma, label = torch.full_like(starts, 80.0), torch.ones(201, dtype=torch.int64)
+    ends = Guided(world, scale).consistency(starts[:, None], sigma, label)
+
+    x = torch.linspace(-6, 8, 5001, dtype=torch.float64)[:, None]
+    zero, label = torch.zeros(5001, dtype=torch.float64), torch.ones(5001, dtype=torch.int64)
+    plain, own = world.log_density(x, zero), world.log_density(x, zero, label)
+    law = torch.softmax((1 - scale) * plain + scale * own, dim=0)
+    mean = (law * x[:, 0]).sum()
+    std = (law * (x[:, 0] - mean) ** 2).sum().sqrt()
+    return [ends.mean(), ends.std(), mean, std]
+
+
+@functools.cache
+def claims() -> dict[str, list[str]]:
+    """The numbers of each section, computed."""
+    snr = (RANGE.grid(18)[:-1] / RANGE.grid(18)[1:]) ** 2
+    c_in = float(EDMScalings().c_in(torch.tensor([80.0])))
+    edm, ours = (
+        s.c_out(torch.tensor([0.01, 80.0])) for s in (EDMScalings(), ConsistencyScalings())
+    )
+    c, pixels = 0.00054 * math.sqrt(3072), 3072
+    halfway = cmbook.schedules.levels_at(cmbook.Clock(400_000, 800_000), 2, 150)
+    decay_at = cmbook.schedules.decay_at
+    one, all_alike = [0.1], [0.1 / math.sqrt(pixels)] * pixels
+    ratio = huber_by_pixel(*all_alike, c=c) / huber_by_pixel(*one, c=c)
+    whole = cmbook.PseudoHuber()(torch.tensor([all_alike]), torch.zeros(1, pixels))
+    assert abs(edm[1] / ours[1] - 1) < 1e-4, "the fifth digit"
+    return {
+        "The decay of the moving target": [
+            *(f"{decay_at(2, 2, 0.95, v):g}" for v in ("paper", "code")),
+            *(f"{decay_at(halfway, 2, 0.9, v):.5f}" for v in ("paper", "code")),
+        ],
+        "The level that is weighed": [f"{snr[0]:.1f}", f"{snr[-1]:.1f}"],
+        "How a network hears the noise level": [
+            f"{math.log(80) / 4:.4f}",
+            f"{1000 * math.log(80) / 4:.1f}",
+        ],
+        "The direction of time": [f"{RANGE.grid(40)[i]:.4f}" for i in (22, 39 - 22)],
+        "N counts levels": [f"{RANGE.grid(n)[1]:.2f}" for n in (18, 19)],
+        "The last time point of a sampler": [f"{RANGE.grid(40)[22]:.4f}"],
+        "A square root in the input scaling": [
+            f"{c_in**2:.6f}",
+            f"{c_in:.4f}",
+            f"{80 * c_in**2:.4f}",
+        ],
+        "A boundary that nearly holds": [
+            *(f"{s / math.sqrt(s**2 + 0.25):.{n}f}" for s, n in ((0.002, 4), (80, 2))),
+            f"{ours[1]:.2f}",
+            f"{0.25 / (10**2 + 0.25):.4f}",
+        ],
+        "Pseudo-Huber, pixel by pixel": ["0.1", f"{float(whole):.4f}", f"{ratio:.1f}"],
+        "The sign of a mean": ["1.1", f"{math.exp(1.1):.2f}", f"{math.exp(-1.1):.2f}"],
+        "How much noise goes back in": [f"{math.sqrt(0.003**2 - 0.002**2):.4f}", "0.003"],
+        "Two files that look alike": [f"{edm[0]:.4f}", f"{ours[0]:.4f}"],
+        '"The loss must fall"': [f"{training_loss_of_the_exact_function(n):.4f}" for n in (18, 35)],
+        '"One samples from the moving average, so that is the target"': ["0.9999"],
+        '"Guidance samples from a sharpened law"': [
+            "0.5",
+            *(f"{value:.1f}" for value in guided_and_sharpened(3.0)),
+        ],
+        '"A uniform weight is the safe choice"': ["0.92", "7.67", "0.82", "0.77"],
+    }
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_number_of_the_folklore_is_computed(section):
+    prose = re.sub(r"`[^`]*`|\$[^$]*\$|\]\S*", "", SECTIONS[section])
+    assert sorted(set(re.findall(r"\d+\.\d+", prose))) == sorted(set(claims().get(section, [])))
+
+
+def test_the_whole_numbers_of_the_folklore_are_true():
+    assert f"has reached {levels_after(2)}\n  levels instead of {levels_after(1)}." in FOLKLORE
+    assert f"{3 * 32 * 32:,} for an image of\n  CIFAR-10, 2 for a point" in FOLKLORE
+    assert round(math.exp(2.2)) == 9  # "nine times the noise"
+    assert 1 - math.sqrt(1 - (0.002 / 1.4) ** 2) < 1.1e-6  # "agree to a millionth"
+    assert 2.5 < RANGE.grid(40)[22] / RANGE.sigma_data < 3  # "nearly three times that of the data"
+
+
+def levels_after(times: int) -> int:
+    return cmbook.schedules.levels_at(cmbook.Clock(800_000 * times, 800_000), 2, 150)
+
+
+def test_the_measured_numbers_of_the_folklore_are_those_of_the_measurement():
+    rows = (ROOT / "docs/learn/weights.md").read_text(encoding="utf-8")
+    for row, number in (("pseudo-Huber, inverse gap", 0.77), ("l2, inverse gap", 0.82)):
+        assert f"{row} | {number} |" in rows
+    for row, number in (("l2, uniform", 0.92), ("pseudo-Huber, uniform", 7.67)):
+        assert f"| {row} | {number} |" in rows
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_disagreement_is_told_whole_and_pinned_by_a_test_that_exists(section):
+    text = SECTIONS[section]
+    leads = re.findall(r"^- \*\*(.+?)\.?\*\*", text, re.MULTILINE)
+    assert leads[0] in ("Paper", "Said")
+    assert leads[1] in ("Code", "Elsewhere", "In truth")
+    assert leads[2:] == ["Consequence", "cmbook", "Pinned by"]
+    pins = re.findall(r"`(\S+?)::(\w+)`", text)
+    assert pins or "nothing yet" in text or "`benchmarks/why_weight.py`" in text
+    for file, name in pins:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["learn/folklore.md", "glossary.md"])
+def test_the_names_that_a_page_links_exist(page):
+    names = re.findall(r"\]\[(cmbook[\w.]*)\]", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert names
+    assert [name for name in names if not resolves(name)] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_no_notebook_shows_the_address_of_an_object(path):
+    """Such an output says nothing, and differs in every run."""
+    text, _ = load("hooks").page_of(path)
+    assert re.findall(r"<.+ at 0x[0-9a-f]+>", text) == []
 
 
 def test_no_page_asks_another_host_for_anything():
