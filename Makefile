@@ -8,7 +8,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo test check docs lab bench
+.PHONY: demo test test-all check docs lab bench
 
 demo: .venv/installed                     ## train on real digits, then draw them in one step
 	$(BIN)/python -m cmbook demo
@@ -16,6 +16,9 @@ demo: .venv/installed                     ## train on real digits, then draw the
 test: check .venv/installed-dev           ## everything that must be true
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval
 	$(BIN)/mkdocs build --strict
+
+test-all: test                            ## that, and every planted mistake is noticed
+	$(BIN)/python benchmarks/mutations.py
 
 check: .venv/installed-dev                ## style, types, spelling: seconds
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -28,7 +31,7 @@ lab: .venv/installed-dev                  ## the notebooks
 	$(BIN)/jupyter lab notebooks
 
 bench: .venv/installed-dev                ## measure again what the docs claim
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out %/mutations.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
