@@ -6,6 +6,7 @@ exact denoiser, one trained alone. The ring has eight Gaussians (radius 0.7, sta
 0.05); distances are in units of its standard deviation per coordinate, at sigma 80.
 
     python benchmarks/toy.py [--seconds 60] [--seeds 3]
+    python benchmarks/toy.py --draw     # the figure again, from the results of the last run
 
 Writes benchmarks/results/toy.json and docs/assets/toy.png. With the defaults about twelve minutes.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -143,7 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draw", action="store_true")
     told = parser.parse_args()
+    results = ROOT / "benchmarks/results/toy.json"
+    if told.draw:
+        return draw(json.loads(results.read_text(encoding="utf-8")))
 
     began = time.perf_counter()
     paths = exact_paths(10_000)
@@ -160,10 +166,10 @@ def main() -> None:
             ConsistencyTraining(RANGE, curriculum, PseudoHuber(), "inverse_gap"), 161, "euler",
         ),
     }  # fmt: skip
-    rows, first = {}, {}
+    rows = {}
     for name, (objective, levels, solver) in methods.items():
         runs = [trained(objective, told.seconds, s, levels, solver) for s in range(told.seeds)]
-        rows[name], first[name] = [report for report, _ in runs], runs[0][1]
+        rows[name] = [report for report, _ in runs]
         print(f"{name}, seed 0\n{runs[0][1]}\n")
 
     distilled = rows["distilled from the exact denoiser"]
@@ -183,17 +189,45 @@ def main() -> None:
         "runs": rows,
     }
     text = json.dumps(result, indent=1)
-    (ROOT / "benchmarks/results/toy.json").write_text(text + "\n", encoding="utf-8")
+    results.write_text(text + "\n", encoding="utf-8")
 
+    draw(result)
+
+
+def draw(result: dict[str, Any]) -> None:
+    """Error against time, and what is left at the end, part by part."""
+    colors = dict(zip(result["runs"], (plotting.TRUTH, plotting.CD, plotting.CT), strict=True))
     with plotting.book_style():
-        figure = Figure(figsize=(8, 2.9))
-        axes = figure.subplots(1, 3, sharey=True)
-        for ax, (name, found) in zip(axes, first.items(), strict=True):
-            plotting.distance(ax, found)
-            ax.set(title=name.replace(" from", "\nfrom").replace(" on exact", "\non exact"))
-        for ax in axes[1:]:
-            ax.set_ylabel("")
-            ax.get_legend().remove()
+        figure = Figure(figsize=(8, 3.2))
+        left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
+        for name, runs in result["runs"].items():
+            for i, run in enumerate(runs):
+                seconds, rms = zip(*run["total rms by seconds"], strict=True)
+                percent = [100 * value for value in rms]
+                left.loglog(seconds, percent, color=colors[name], label=None if i else name)
+        by_heun = result["runs"]["distilled from the exact denoiser"][0]["discretization"]
+        floor = 100 * by_heun["rms"][0]
+        left.axhline(floor, ls="--", c=plotting.TEACHER, label="discretization, 18 levels")
+        left.set(
+            xlabel="seconds on 2 cores", ylabel="total rms distance (% of std)", ylim=(0.8, 150)
+        )
+        left.set_xticks([5, 10, 20, 40, 60], [5, 10, 20, 40, 60], minor=False)
+        left.set_yticks([1, 3, 5, 10, 20, 50], [1, 3, 5, 10, 20, 50], minor=False)
+        left.minorticks_off()
+        left.legend(fontsize=8)
+        shown = [("network", "median"), ("network", "rms"), ("total", "rms"), ("total", "off")]
+        for k, (part, statistic) in enumerate(shown):
+            for shift, (name, runs) in zip((-0.2, 0, 0.2), result["runs"].items(), strict=True):
+                values = [100 * run[part][statistic][0] for run in runs]
+                right.plot([k + shift] * len(values), values, "o", color=colors[name], ms=4)
+            aim = result["aims"].get(f"{part} {statistic}")
+            if aim is not None:
+                right.hlines(100 * aim, k - 0.35, k + 0.35, color=plotting.DATA)
+        names = [f"{part}\n{statistic}" for part, statistic in shown]
+        right.set(yscale="log", ylabel="%, each dot a seed; gray: the aim")
+        right.set_xticks(range(len(shown)), names)
+        right.set_yticks([0.3, 1, 3, 10], [0.3, 1, 3, 10], minor=False)
+        right.minorticks_off()
         plotting.save(figure, ROOT / "docs/assets/toy.png")
 
 
