@@ -19,7 +19,7 @@ import torch
 
 from cmbook.data import AnyData
 from cmbook.distances import AnyDistance
-from cmbook.losses import AnyObjective, ConsistencyDistillation
+from cmbook.losses import AnyObjective
 from cmbook.networks import Network
 from cmbook.noise import NoiseRange
 from cmbook.ode import Solver
@@ -112,6 +112,8 @@ class Experiment:
         network: The network; `None` takes the teacher's.
         noise_range: Of the whole run.
         teacher: Folder of the run that is distilled. The student starts as a copy of it.
+        guidance: w of the teacher, which must know classes and have been trained with
+            `label_dropout`; 1 is none.
         training: How long.
         sampling: How to draw from it.
         seed: Of weights, data order and noise.
@@ -125,6 +127,7 @@ class Experiment:
     network: Network | None = None
     noise_range: NoiseRange = NoiseRange()
     teacher: str | None = None
+    guidance: float = 1.0
     training: Training = Training()
     sampling: Sampling = Sampling()
     seed: int = 0
@@ -135,11 +138,15 @@ class Experiment:
             object.__setattr__(self, name, part)
         if self.network is None and self.teacher is None:
             raise ValueError("a run without a teacher needs a network")
-        if isinstance(self.objective, ConsistencyDistillation) and self.teacher is None:
+        if self.objective.needs_teacher and self.teacher is None:
             raise ValueError(
-                "ConsistencyDistillation needs a teacher, the folder of a diffusion model's run, "
-                'such as teacher = "runs/digits/edm"'
+                f"{type(self.objective).__name__} needs a teacher, the folder of a diffusion "
+                'model\'s run, such as teacher = "runs/digits/edm"'
             )
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be at least 0; got {self.guidance}")
+        if self.guidance != 1 and self.teacher is None:
+            raise ValueError("guidance is a teacher's; this run has none")
         first, sigma_max = self.sampling.sigmas[0], self.noise_range.sigma_max
         if isinstance(self.scalings, ConsistencyScalings) and first != sigma_max:
             raise ValueError(

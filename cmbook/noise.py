@@ -48,6 +48,15 @@ class NoiseRange:
         """`levels` decreasing noise levels from `sigma_max` to `sigma_min`, in float64."""
         return karras_sigmas(levels, self.sigma_min, self.sigma_max, self.rho)
 
+    def warp(self, u: PerSample) -> tuple[PerSample, PerSample]:
+        r"""The grid made continuous: τ(u) and τ'(u), from `sigma_min` at u = 0 to `sigma_max` at 1.
+
+        $$\tau(u) = \big(\epsilon^{1/\rho} + u\,(T^{1/\rho} - \epsilon^{1/\rho})\big)^\rho$$
+        """
+        low, high = (end ** (1 / self.rho) for end in (self.sigma_min, self.sigma_max))
+        root = low + u * (high - low)
+        return root**self.rho, self.rho * (high - low) * root ** (self.rho - 1)
+
 
 def expand(value: PerSample, like: Samples) -> Tensor:
     """One number per sample, shaped and typed to multiply samples: `(b,)` becomes `(b, 1, ...)`.

@@ -1,6 +1,7 @@
 """Consistency distillation: Algorithm 2 of Song et al. (2023), §4."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +35,8 @@ class ConsistencyDistillation:
 
     Source: Song et al. (2023), Algorithm 2; N, Φ and μ from Table 3, column CIFAR-10 CD.
     """
+
+    needs_teacher: ClassVar[bool] = True
 
     noise_range: NoiseRange = NoiseRange()
     levels: int = 18

@@ -1,6 +1,7 @@
 """Consistency training: Algorithm 3 of Song et al. (2023), §5."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cmbook.distances import L2
 from cmbook.losses.regression import neighbors, same_noise, self_consistency
@@ -26,6 +27,8 @@ class ConsistencyTraining:
 
     Source: Song et al. (2023), Algorithm 3; N(k) and μ(k) from Table 3, column CIFAR-10 CT.
     """
+
+    needs_teacher: ClassVar[bool] = False
 
     noise_range: NoiseRange = NoiseRange()
     curriculum: Curriculum = AdaptiveLevels()

@@ -1,6 +1,7 @@
 """The teacher: denoising score matching with the design choices of EDM (Karras et al. 2022)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cmbook.distances import L2
 from cmbook.losses.regression import Dropout, regress
@@ -27,6 +28,8 @@ class EDM:
 
     Source: Karras et al. (2022), eq. 2 and Table 1; `EDMLoss` of the released code.
     """
+
+    needs_teacher: ClassVar[bool] = False
 
     noise_range: NoiseRange = NoiseRange()
     sigma_law: LogNormal = LogNormal()

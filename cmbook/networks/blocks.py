@@ -4,13 +4,14 @@ import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmbook.protocols import Labels, PerSample
 
 
 class Sinusoids(nn.Module):
-    r"""c_noise as cosines and sines of `width // 2` frequencies, computed in float32.
+    r"""c_noise as cosines and sines of `width // 2` frequencies, never below float32.
 
     c_noise = ln(σ)/4 spans some two units, so frequencies from a quarter of a turn to four turns
     a unit tell neighboring noise levels apart and still vary smoothly between them.
@@ -27,25 +28,35 @@ class Sinusoids(nn.Module):
 
     def forward(self, c_noise: PerSample) -> Tensor:
         """Shape (b, width)."""
-        angles = c_noise.float()[:, None] * self.frequencies.float()
+        wide = torch.promote_types(c_noise.dtype, torch.float32)
+        angles = c_noise.to(wide)[:, None] * self.frequencies.to(wide)
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class Conditioning(nn.Module):
     """The vector that tells every block σ and, if there are classes, which.
 
+    With `label_dropout` there is one class more, number `classes`, which says nothing: in
+    training some labels are replaced by it, and no label at all means it. So one network answers
+    with a class and without, as guidance needs.
+
     Raises:
         ValueError: If a label is missing, unexpected, not an integer or out of range.
 
-    Source: Dhariwal and Nichol (2021), released code: class embedding added to the time's.
+    Source: Dhariwal and Nichol (2021), released code: class embedding added to the time's; Ho
+        and Salimans (2022), Algorithm 1, for the dropout.
     """
 
-    def __init__(self, width: int, classes: int | None, sinusoids: int = 64) -> None:
+    def __init__(
+        self, width: int, classes: int | None, label_dropout: float = 0.0, sinusoids: int = 64
+    ) -> None:
         super().__init__()
         self.classes = classes
+        self.label_dropout = label_dropout
         self.sinusoids = Sinusoids(sinusoids)
         self.layers = nn.Sequential(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(classes, width) if classes else None
+        rows = (classes or 0) + bool(label_dropout)  # the last one says nothing
+        self.label = nn.Embedding(rows, width) if classes else None
 
     def forward(self, c_noise: PerSample, label: Labels | None) -> Tensor:
         """Shape (b, width), in the dtype of the weights."""
@@ -55,13 +66,25 @@ class Conditioning(nn.Module):
             if label is not None:
                 raise ValueError("this network has no classes; call it without a label")
             return vector
+        if self.label_dropout:
+            label = self._dropped(label, c_noise)
         return vector + cast(Tensor, self.label(self._checked(label, len(c_noise))))
 
+    def _dropped(self, label: Labels | None, c_noise: PerSample) -> Tensor:
+        nothing = torch.full(c_noise.shape, self.classes or 0, device=c_noise.device)
+        if label is None:
+            return nothing
+        kept = F.dropout(torch.ones_like(c_noise.float()), self.label_dropout, self.training)
+        return torch.where(kept > 0, label, nothing)
+
     def _checked(self, label: Labels | None, n: int) -> Tensor:
-        classes = self.classes or 0
+        classes = (self.classes or 0) + bool(self.label_dropout)
         expected = f"{n} integers in 0 ... {classes - 1}"
         if label is None:
-            raise ValueError(f"this network has {classes} classes: label must be {expected}")
+            raise ValueError(
+                f"this network has {classes} classes: label must be {expected}. To call it "
+                "without one, as guidance does, build and train it with label_dropout"
+            )
         if label.is_floating_point() or label.shape != (n,):
             raise ValueError(f"label must be {expected}; got {label.dtype} {tuple(label.shape)}")
         # Looking at the values waits for a GPU, whose own embedding stops on a bad index.
@@ -83,7 +106,7 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1; got {size}")
 
 
-def check_dropout(rate: float) -> None:
+def check_dropout(rate: float, name: str = "dropout") -> None:
     """Refuse a rate that is not in [0, 1).
 
     Raises:
@@ -92,7 +115,7 @@ def check_dropout(rate: float) -> None:
     Source: ours.
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout must lie in [0, 1); got {rate}")
+        raise ValueError(f"{name} must lie in [0, 1); got {rate}")
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

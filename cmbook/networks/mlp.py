@@ -17,6 +17,7 @@ class MLP:
     Attributes:
         width: Of every hidden layer.
         depth: Hidden layers.
+        label_dropout: Share of labels that are dropped in training, for guidance.
 
     Example:
         >>> net = MLP(width=64, depth=3).build((2,))
@@ -26,24 +27,26 @@ class MLP:
 
     width: int = 128
     depth: int = 4
+    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(width=self.width, depth=self.depth)
+        check_dropout(self.label_dropout, "label_dropout")
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for samples of `shape`."""
-        return MLPModule(shape, classes, self.width, self.depth)
+        return MLPModule(shape, classes, self)
 
 
 class MLPModule(nn.Module):
     """What `MLP` builds."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int | None, width: int, depth: int) -> None:
+    def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: MLP) -> None:
         super().__init__()
-        size = math.prod(shape)
-        self.conditioning = Conditioning(width, classes)
+        size, width = math.prod(shape), knobs.width
+        self.conditioning = Conditioning(width, classes, knobs.label_dropout)
         self.inlet = nn.Linear(size, width)
-        self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(depth - 1)])
+        self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(knobs.depth - 1)])
         self.outlet = nn.Linear(width, size)
 
     def forward(self, x: Samples, c_noise: PerSample, label: Labels | None = None) -> Samples:
@@ -64,6 +67,7 @@ class ResidualMLP:
         depth: Number of blocks, of two layers each.
         told: Width of the vector that tells σ and the class.
         dropout: Inside each block.
+        label_dropout: Share of labels that are dropped in training, for guidance.
 
     Source: He et al. (2016), pre-activation blocks; Perez et al. (2018), scale and shift.
     """
@@ -72,10 +76,12 @@ class ResidualMLP:
     depth: int = 4
     told: int = 128
     dropout: float = 0.0
+    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(width=self.width, depth=self.depth, told=self.told)
         check_dropout(self.dropout)
+        check_dropout(self.label_dropout, "label_dropout")
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for samples of `shape`."""
@@ -88,7 +94,7 @@ class ResidualMLPModule(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: ResidualMLP) -> None:
         super().__init__()
         size, width = math.prod(shape), knobs.width
-        self.conditioning = Conditioning(knobs.told, classes)
+        self.conditioning = Conditioning(knobs.told, classes, knobs.label_dropout)
         self.inlet = nn.Linear(size, width)
         self.blocks = nn.ModuleList(
             [_Block(width, knobs.told, knobs.dropout) for _ in range(knobs.depth)]

@@ -26,6 +26,7 @@ class UNet:
         attention: The image sides, in pixels, at which blocks attend.
         heads: Attention heads.
         dropout: Inside each residual block.
+        label_dropout: Share of labels that are dropped in training, for guidance.
 
     Source: Dhariwal and Nichol (2021), §3; Ronneberger et al. (2015).
     """
@@ -36,10 +37,12 @@ class UNet:
     attention: tuple[int, ...] = (8,)
     heads: int = 4
     dropout: float = 0.0
+    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads)
         check_dropout(self.dropout)
+        check_dropout(self.label_dropout, "label_dropout")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(
                 f"multipliers must be 1 or more, one a resolution; got {self.multipliers}"
@@ -66,7 +69,7 @@ class UNetModule(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: UNet) -> None:
         super().__init__()
         told, side, width = 4 * knobs.channels, shape[1], knobs.channels
-        self.conditioning = Conditioning(told, classes)
+        self.conditioning = Conditioning(told, classes, knobs.label_dropout)
 
         def stage(c_in: int, c_out: int) -> "_Stage":
             attends = side in knobs.attention
@@ -156,7 +159,7 @@ class _Attention(nn.Module):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Group normalization in float32, whatever the weights: half precision loses the mean."""
+    """Group normalization, never below float32: half precision loses the mean."""
 
     def __init__(self, channels: int) -> None:
         groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4), 1)
@@ -164,8 +167,9 @@ class _GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.float(), self.bias.float()
-            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weight, bias = self.weight.to(wide), self.bias.to(wide)
+            return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class _Down(nn.Module):
