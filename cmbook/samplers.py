@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from cmbook.noise import NoiseRange, expand, normal
+from cmbook.noise import NoiseRange, expand, normal, seeded
 from cmbook.ode import Solver, euler_step, heun_step, solve, velocity
-from cmbook.protocols import Denoiser, Generator, Grid, Labels, PerSample, Samples
+from cmbook.protocols import Denoiser, Generator, Grid, Labels, PerSample, Samples, Vector
 from cmbook.schedules import check_choice, check_decreasing
 
 
@@ -314,6 +314,144 @@ def ancestral(
         if sigma_next > 0:
             x = x + math.sqrt(sigma_next**2 - down**2) * normal(x, generator)
     return x
+
+
+def greedy_levels(
+    consistency: Denoiser,
+    x: Samples,
+    score: Callable[[Samples], float],
+    grid: Grid,
+    label: Labels | None = None,
+    *,
+    steps: int,
+    noise_range: NoiseRange,
+    seed: int,
+) -> Vector:
+    """Choose noise levels for `multistep` one after the other, each by a ternary search.
+
+    Every new level is sought between the last one found and the end of the grid. All candidates
+    start from the same x and draw the same noise, and none is scored twice. A ternary search finds
+    the best level if the score first falls and then rises along the grid; if it does not quite,
+    a good one.
+
+    Args:
+        consistency: A consistency model.
+        x: Noise of standard deviation `grid[0]`.
+        score: What to make small: a function of samples, such as a Frechet distance.
+        grid: Decreasing levels to choose from; the first is taken, the last never.
+        label: Classes, if the model has them.
+        steps: How many levels, the first included.
+        noise_range: The range of the model.
+        seed: Of the noise between evaluations.
+
+    Note: The released search cannot run, and where one level lies between its bounds it returns
+        a level it did not mean (`m1` for `left`).
+
+    Raises:
+        ValueError: If the grid is too short for so many steps, or does not decrease.
+
+    Source: Song et al. (2023), App. C, ternary search; released code.
+    """
+    check_decreasing(grid)
+    if not 1 <= steps < len(grid):
+        raise ValueError(f"{len(grid)} levels hold 1 to {len(grid) - 1} steps; got steps={steps}")
+    known: dict[int, float] = {}
+    chosen = [0]
+
+    def scored(i: int) -> float:
+        if i not in known:
+            draws = seeded(seed, "greedy levels", device=x.device)
+            samples = multistep(
+                consistency, x, grid[[*chosen, i]], label, noise_range=noise_range, generator=draws
+            )
+            known[i] = score(samples)
+        return known[i]
+
+    while len(chosen) < steps:
+        known.clear()
+        left, right = chosen[-1] + 1, len(grid) - 2 - (steps - len(chosen) - 1)
+        while right - left >= 3:
+            third = (right - left) // 3
+            if scored(left + third) <= scored(right - third):
+                right -= third
+            else:
+                left += third
+        chosen.append(min(range(left, right + 1), key=scored))
+    return grid[chosen]
+
+
+class Inverse(NamedTuple):
+    """A noisy point that a consistency model sends to a sample, as nearly as was found.
+
+    Attributes:
+        x: The noisy point.
+        error: How far f(x) is from the sample: root mean square, in units of sigma_data.
+
+    Source: ours.
+    """
+
+    x: Samples
+    error: PerSample
+
+
+def invert(
+    consistency: Denoiser,
+    x0: Samples,
+    sigma: float,
+    label: Labels | None = None,
+    *,
+    noise_range: NoiseRange,
+    iterations: int = 300,
+    rate: float = 0.05,
+) -> Inverse:
+    r"""Noise that leads back to a sample: make $\lVert f(x, \sigma) - x_0\rVert^2$ small over x.
+
+    The exact consistency function has an inverse, the path walked backwards. A network has none
+    that is promised: samples that it cannot make have no noise, and others may have several. So
+    this searches, by Adam on x in units of its own standard deviation, starts where a Gaussian
+    of the data's size would have come from, and says how near it came. The higher σ, the steeper
+    f is near its seams and the flatter elsewhere, and the worse the search.
+
+    With a diffusion model there is no need to search: `solve` on a rising path, or its exact
+    `flow_map`.
+
+    Args:
+        consistency: A consistency model.
+        x0: Samples to find noise for.
+        sigma: The noise level to find it at.
+        label: Classes, if the model has them.
+        noise_range: The range of the model.
+        iterations: Steps of the search, one evaluation with gradient each.
+        rate: Of Adam, in units of the standard deviation of noisy data.
+
+    Returns:
+        The best points met, and their errors; each sample is searched for on its own.
+
+    Raises:
+        ValueError: If σ is not above sigma_min, where f is the identity.
+
+    Source: ours; the question is that of Song et al. (2023), released code, issue 15.
+    """
+    data = noise_range.sigma_data
+    if not sigma > noise_range.sigma_min:
+        raise ValueError(f"sigma must exceed sigma_min = {noise_range.sigma_min:g}; got {sigma:g}")
+    scale, levels = math.hypot(sigma, data), _everywhere(sigma, x0)
+    whitened = (x0 / data).clone().requires_grad_(True)
+    best, least = whitened.detach().clone(), torch.full_like(levels, math.inf)
+    adam = torch.optim.Adam([whitened], rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, iterations)
+    for _ in range(iterations):
+        with torch.enable_grad():
+            off = (consistency(scale * whitened, levels, label) - x0).flatten(1)
+            squares = off.square().mean(1)
+            (whitened.grad,) = torch.autograd.grad(squares.sum(), whitened)
+        error = squares.detach().sqrt().to(least) / data
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(expand(better.to(least), x0) > 0, whitened.detach(), best)
+        adam.step()
+        schedule.step()
+    return Inverse(scale * best, least)
 
 
 def _steps(sigmas: Grid) -> list[tuple[float, float]]:

@@ -4,11 +4,17 @@ import pytest
 import torch
 from scipy import stats
 
-from cmbook.data import WORLDS
+from cmbook.data import WORLDS, ToyData
+from cmbook.distances import PseudoHuber
 from cmbook.guidance import guided
+from cmbook.losses import ConsistencyDistillation, ConsistencyTraining
+from cmbook.networks import MLP
 from cmbook.noise import NoiseRange, seeded
 from cmbook.ode import solve
-from cmbook.oracle import GaussianMixture, Guided
+from cmbook.oracle import GaussianMixture, Guided, distance_to_truth
+from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
+from cmbook.protocols import Batch, Clock, Models
+from cmbook.training import LearningRate, frozen_view, train
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -132,3 +138,97 @@ def test_classes_with_gaps_are_refused(classes):
     means = torch.zeros(2, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="without a gap"):
         GaussianMixture.isotropic(means, 1.0, classes=torch.tensor(classes))
+
+
+# ── networks that answer with a class and without ──
+
+
+def conditioned(network=None) -> torch.nn.Module:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return (network or MLP(width=16, depth=2, label_dropout=0.3)).build((2,), 3)
+
+
+def test_no_label_is_the_class_that_says_nothing():
+    net, x, told = conditioned().eval(), torch.ones(4, 2), torch.zeros(4)
+    nothing = torch.full((4,), 3)
+    assert torch.equal(net(x, told), net(x, told, nothing))
+    assert not torch.allclose(net(x, told), net(x, told, torch.zeros(4, dtype=torch.int64)))
+
+
+def test_labels_are_dropped_in_training_at_the_rate_asked_for_and_never_after():
+    net, n = conditioned(), 20_000
+    x, told, label = torch.ones(n, 2), torch.zeros(n), torch.ones(n, dtype=torch.int64)
+    plain = net.eval()(x[:1], told[:1])
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        dropped = torch.isclose(net.train()(x, told, label), plain, atol=1e-5).all(1)
+    assert float(dropped.double().mean()) == pytest.approx(0.3, abs=0.02)
+    assert not bool(torch.isclose(net.eval()(x, told, label), plain, atol=1e-5).all(1).any())
+
+
+def test_student_and_target_drop_the_same_labels():
+    """Both are told by one seed, as with any dropout."""
+    net, seen = conditioned().train(), []
+    model = Preconditioned(net, ConsistencyScalings(NoiseRange()))
+    net.conditioning.label.register_forward_hook(lambda m, told, out: seen.append(told[0].clone()))
+    batch = Batch(torch.zeros(64, 2), torch.ones(64, dtype=torch.int64))
+    ConsistencyTraining()(
+        Models(model, frozen_view(model)), batch, clock=Clock(0, 1), generator=seeded(0)
+    )
+    assert torch.equal(*seen)
+    assert set(seen[0].tolist()) == {1, 3}
+
+
+def test_without_label_dropout_guidance_is_refused_with_the_reason():
+    model = Preconditioned(conditioned(MLP(width=16, depth=2)), EDMScalings(NoiseRange()))
+    with pytest.raises(ValueError, match="build and train it with label_dropout"):
+        guided(model, 2.0)(torch.zeros(2, 2), torch.ones(2), torch.ones(2, dtype=torch.int64))
+
+
+def test_an_impossible_label_dropout_is_refused():
+    with pytest.raises(ValueError, match=r"label_dropout must lie in \[0, 1\); got 1"):
+        MLP(label_dropout=1.0)
+
+
+# ── a guided teacher, distilled ──
+
+
+def test_points_of_a_guided_world_lie_on_its_paths(line):
+    """From noise to any level, then on to the end: the same end."""
+    world = Guided(line, 3.0)
+    noisy, end = (world.sample(50, s, generator=seeded(0)) for s in (1.0, 0.002))
+    assert torch.equal(noisy.label, end.label)
+    went_on = world.consistency(noisy.x, full(50, 1.0), noisy.label)
+    torch.testing.assert_close(went_on, end.x, rtol=0, atol=1e-6)
+
+
+def test_a_guided_teacher_distills_into_the_guided_world():
+    """Nothing changes but the teacher: the student's distance is to the exact guided paths."""
+    means = torch.tensor([[-0.4, 0.0], [0.4, 0.2]], dtype=torch.float64)
+    world, noise_range = GaussianMixture.isotropic(means, 0.25), NoiseRange(sigma_max=10.0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = MLP(width=64, depth=3).build((2,), 2)
+    student = Preconditioned(net, ConsistencyScalings(noise_range))
+    objective = ConsistencyDistillation(
+        noise_range, 12, distance=PseudoHuber(0.03), weight="inverse_gap"
+    )
+    *_, step = train(
+        student,
+        ToyData(world, labelled=True).batches(256, seed=0),
+        objective,
+        steps=500,
+        optimizer=torch.optim.Adam(student.parameters(), fused=True),
+        teacher=guided(world.denoiser, 3.0),
+        average_decay=0.98,
+        learning_rate=LearningRate(4e-3, decay="cosine"),
+    )
+
+    def median(truth):
+        found = distance_to_truth(
+            step.average, truth, noise_range, levels=12, n=500, labelled=True, generator=seeded(1)
+        )
+        return float(found.total.median.value[0])
+
+    assert median(Guided(world, 3.0)) < 0.15 < 0.4 < median(Guided(world, 1.0))

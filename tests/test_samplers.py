@@ -8,12 +8,14 @@ from scipy import stats
 
 from cmbook.noise import NoiseRange, PerImage, Replay, normal, seeded
 from cmbook.ode import Counted
-from cmbook.oracle import Gaussian
+from cmbook.oracle import Gaussian, GaussianMixture
 from cmbook.samplers import (
     Churn,
     ancestral,
     dpm,
+    greedy_levels,
     grid_to_zero,
+    invert,
     midpoint_step,
     multistep,
     ode_sample,
@@ -481,3 +483,101 @@ def test_steps_at_or_below_sigma_min_change_nothing(gaussian, generator, sigma):
         noise_range=RANGE, generator=generator,
     )  # fmt: skip
     torch.testing.assert_close(x0, one_step(gaussian.consistency, x, RANGE), rtol=0, atol=1e-9)
+
+
+# ── choosing levels, and going back ──
+
+
+class Remembers:
+    """A model whose answer is the level it was last asked at, so that scores know it."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, sigma, label=None):
+        self.calls += 1
+        return sigma[:, None].to(x).expand_as(x)
+
+
+def greedy(score, grid, steps, model=None):
+    return greedy_levels(
+        model or Remembers(), torch.zeros(2, 1), score, grid, steps=steps, noise_range=RANGE, seed=0
+    )
+
+
+@pytest.mark.parametrize("best", range(1, 39))
+def test_a_greedy_search_finds_the_best_level_wherever_it_is(best):
+    """With one level to choose, any score that falls and then rises is minimized exactly."""
+    grid = RANGE.grid(40)
+
+    def score(samples):
+        i = int((grid - float(samples[0, 0])).abs().argmin())
+        return abs(i - best) + 0.1 * (i > best)
+
+    assert torch.equal(greedy(score, grid, 2), grid[[0, best]])
+
+
+def test_a_greedy_search_looks_at_few_levels_and_at_none_twice():
+    model, grid, scored = Remembers(), RANGE.grid(40), []
+
+    def score(samples):
+        scored.append(float(samples[0, 0]))
+        return abs(math.log(scored[-1] / 1.4))
+
+    found = greedy(score, grid, 2, model)
+    assert len(scored) == len(set(scored)) < 20
+    assert model.calls == 2 * len(scored)
+    assert float(found[1]) == pytest.approx(1.3824, abs=1e-3)
+
+
+def test_all_candidates_of_a_greedy_search_share_their_noise():
+    noises = {}
+
+    def model(x, sigma, label=None):
+        if float(sigma[0]) < 80:
+            scale = float((sigma[0].double() ** 2 - 0.002**2).sqrt())
+            noises[float(sigma[0])] = x / scale
+        return torch.zeros_like(x)
+
+    greedy(lambda samples: 0.0, RANGE.grid(40), 2, model)
+    first, *rest = noises.values()
+    assert rest
+    assert all(torch.allclose(first, other) for other in rest)
+
+
+def test_more_levels_lie_one_below_the_other():
+    grid = RANGE.grid(12)
+    found = greedy(lambda samples: -float(samples[0, 0]), grid, 4)
+    assert torch.equal(found, grid[:4])
+    assert torch.equal(greedy(lambda samples: float(samples[0, 0]), grid, 11), grid[:11])
+
+
+@pytest.mark.parametrize("steps", [0, 12])
+def test_more_steps_than_levels_are_refused(steps):
+    with pytest.raises(ValueError, match="12 levels hold 1 to 11 steps"):
+        greedy(lambda samples: 0.0, RANGE.grid(12), steps)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 80.0])
+def test_a_gaussian_is_inverted(sigma):
+    world = Gaussian.isotropic([0.3, -0.2], 0.5)
+    x = world.sample(20, sigma, generator=seeded(0)).x
+    x0 = world.consistency(x, torch.full((20,), sigma, dtype=torch.float64))
+    found = invert(world.consistency, x0, sigma, noise_range=RANGE)
+    assert float(found.error.max()) < 1e-3
+    assert torch.allclose(found.x, x, rtol=1e-2, atol=2e-3 * sigma)
+
+
+def test_the_error_of_an_inversion_is_that_of_the_round_trip_and_samples_are_on_their_own():
+    world = GaussianMixture.isotropic(torch.tensor([[-0.5, 0.0], [0.5, 0.0]]), 0.1)
+    x0 = world.sample(8, generator=seeded(0)).x
+    found = invert(world.consistency, x0, 2.0, noise_range=RANGE, iterations=20)
+    again = world.consistency(found.x, torch.full((8,), 2.0, dtype=torch.float64))
+    assert torch.allclose(found.error, (again - x0).square().mean(1).sqrt() / 0.5, rtol=1e-6)
+    alone = invert(world.consistency, x0[3:4], 2.0, noise_range=RANGE, iterations=20)
+    assert torch.allclose(found.x[3:4], alone.x)
+
+
+def test_at_the_boundary_there_is_nothing_to_invert():
+    with pytest.raises(ValueError, match="sigma must exceed sigma_min"):
+        invert(lambda x, s, label=None: x, torch.zeros(1, 2), 0.002, noise_range=RANGE)

@@ -8,7 +8,7 @@ Everything is computed in float64 and handed back in the dtype of `x`.
 from cmbook.oracle.dataset import Dataset
 from cmbook.oracle.distance import DistanceToTruth, distance_to_truth
 from cmbook.oracle.guided import Guided
-from cmbook.oracle.worlds import SIGMA_END, Gaussian, GaussianMixture, World
+from cmbook.oracle.worlds import SIGMA_END, Gaussian, GaussianMixture, Paths, World
 
 __all__ = [
     "SIGMA_END",
@@ -17,6 +17,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "Guided",
+    "Paths",
     "World",
     "distance_to_truth",
 ]

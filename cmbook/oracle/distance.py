@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmbook.noise import NoiseRange, integers
 from cmbook.ode import SOLVERS, Solver
-from cmbook.oracle.worlds import World
+from cmbook.oracle.worlds import Paths
 from cmbook.protocols import Denoiser, Generator, Grid
 from cmbook.schedules import check_choice
 
@@ -75,7 +75,7 @@ class DistanceToTruth:
 @torch.no_grad()
 def distance_to_truth(
     model: Denoiser,
-    world: World,
+    world: Paths,
     noise_range: NoiseRange,
     *,
     levels: int = 18,
@@ -100,7 +100,7 @@ def distance_to_truth(
 
     Args:
         model: A consistency model.
-        world: Where the truth is known.
+        world: Where the truth is known: a world, or a guided one.
         noise_range: The range of the model: paths end at its `sigma_min`.
         levels: N, the levels of its grid. A model trained alone learned from the last N(k).
         solver: The solver that it was distilled with. What training alone converges to on

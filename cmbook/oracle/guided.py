@@ -7,7 +7,7 @@ from torch import Tensor
 from cmbook.guidance import guided
 from cmbook.oracle.integrate import integrate
 from cmbook.oracle.worlds import SIGMA_END, GaussianMixture
-from cmbook.protocols import Labels, PerSample, Samples
+from cmbook.protocols import Batch, Generator, Labels, PerSample, Samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,21 @@ class Guided:
 
     world: GaussianMixture
     scale: float
+
+    @property
+    def std(self) -> float:
+        """That of the world: guidance does not change the unit of distances."""
+        return self.world.std
+
+    def sample(self, n: int, sigma: float = 0.0, *, generator: Generator) -> Batch:
+        """`n` points at noise level `sigma`, on guided paths that begin in the world's noise at 80.
+
+        There the classes hardly differ, and guidance changes nothing yet.
+        """
+        start = max(80.0, sigma)
+        x, label = self.world.sample(n, start, generator=generator)
+        top, bottom = (x.new_full((n,), level) for level in (start, sigma))
+        return Batch(self.flow_map(x, top, bottom, label), label)
 
     def denoiser(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
         """The guided `Denoiser`."""

@@ -33,8 +33,8 @@ SIGMA_END = 0.002  # ε of the paper: where the consistency functions below end,
 
 
 @runtime_checkable
-class World(Protocol):
-    """What every world offers. `label`, where given, restricts the world to one class."""
+class Paths(Protocol):
+    """Points, and the paths they take: all that a distance to the truth needs."""
 
     @property
     def std(self) -> float:
@@ -47,14 +47,6 @@ class World(Protocol):
 
     def denoiser(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
         """The posterior mean E[x0 | x]: the exact `Denoiser`."""
-        ...
-
-    def score(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
-        """The gradient of the log density."""
-        ...
-
-    def log_density(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> PerSample:
-        """Log p_σ(x)."""
         ...
 
     def consistency(
@@ -72,6 +64,19 @@ class World(Protocol):
         self, x: Samples, sigma: PerSample, sigma_next: PerSample, label: Labels | None = None
     ) -> Samples:
         """The point of the path at another level: the exact `FlowMap`."""
+        ...
+
+
+@runtime_checkable
+class World(Paths, Protocol):
+    """What every world offers. `label`, where given, restricts the world to one class."""
+
+    def score(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
+        """The gradient of the log density."""
+        ...
+
+    def log_density(self, x: Samples, sigma: PerSample, label: Labels | None = None) -> PerSample:
+        """Log p_σ(x)."""
         ...
 
 
