@@ -34,6 +34,33 @@ if TYPE_CHECKING:
     from cmbook.distances import (
         PseudoHuber as PseudoHuber,
     )
+    from cmbook.editing import (
+        Both as Both,
+    )
+    from cmbook.editing import (
+        Downsampling as Downsampling,
+    )
+    from cmbook.editing import (
+        Grayscale as Grayscale,
+    )
+    from cmbook.editing import (
+        Inpainting as Inpainting,
+    )
+    from cmbook.editing import (
+        Linear as Linear,
+    )
+    from cmbook.editing import (
+        edit as edit,
+    )
+    from cmbook.editing import (
+        interpolate as interpolate,
+    )
+    from cmbook.editing import (
+        slerp as slerp,
+    )
+    from cmbook.editing import (
+        stroke as stroke,
+    )
     from cmbook.evaluation import (
         frechet_distance as frechet_distance,
     )
@@ -57,6 +84,21 @@ if TYPE_CHECKING:
     )
     from cmbook.losses import (
         ConsistencyTraining as ConsistencyTraining,
+    )
+    from cmbook.losses import (
+        ContinuousDistillation as ContinuousDistillation,
+    )
+    from cmbook.losses import (
+        ContinuousTraining as ContinuousTraining,
+    )
+    from cmbook.losses import (
+        ProgressiveDistillation as ProgressiveDistillation,
+    )
+    from cmbook.losses import (
+        check_jvp as check_jvp,
+    )
+    from cmbook.losses import (
+        tangent as tangent,
     )
     from cmbook.networks import (
         MLP as MLP,
@@ -164,6 +206,9 @@ if TYPE_CHECKING:
         Pair as Pair,
     )
     from cmbook.runs import (
+        export as export,
+    )
+    from cmbook.runs import (
         load as load,
     )
     from cmbook.runs import (
@@ -179,7 +224,13 @@ if TYPE_CHECKING:
         dpm as dpm,
     )
     from cmbook.samplers import (
+        greedy_levels as greedy_levels,
+    )
+    from cmbook.samplers import (
         grid_to_zero as grid_to_zero,
+    )
+    from cmbook.samplers import (
+        invert as invert,
     )
     from cmbook.samplers import (
         multistep as multistep,
@@ -233,9 +284,16 @@ _NAMES = {
     "cmbook.parameterization": "ConsistencyScalings EDMScalings Preconditioned",
     "cmbook.networks": "MLP ResidualMLP UNet",
     # floor 2 · algorithms
-    "cmbook.losses": "EDM ConsistencyDistillation ConsistencyTraining",
+    "cmbook.losses": (
+        "EDM ProgressiveDistillation ConsistencyDistillation ConsistencyTraining "
+        "ContinuousDistillation ContinuousTraining check_jvp tangent"
+    ),
     "cmbook.samplers": (
-        "Churn ancestral dpm grid_to_zero multistep ode_sample one_step prior progressive"
+        "Churn ancestral dpm greedy_levels grid_to_zero invert multistep ode_sample one_step "
+        "prior progressive"
+    ),
+    "cmbook.editing": (
+        "Both Downsampling Grayscale Inpainting Linear edit interpolate slerp stroke"
     ),
     # floor 3 · workshop
     "cmbook.data": "Digits TensorData Toy",
@@ -243,7 +301,7 @@ _NAMES = {
     "cmbook.evaluation": "frechet_distance nearest_distance precision_recall",
     # floor 4 · doors and windows
     "cmbook.experiment": "Experiment",
-    "cmbook.runs": "load run",
+    "cmbook.runs": "export load run",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

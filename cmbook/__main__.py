@@ -1,15 +1,17 @@
-"""The command line: cmbook demo | train | sample | configs."""
+"""The command line: cmbook demo | train | sample | edit | export | configs."""
 
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from cmbook.runs import Run
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Sample:
     """Consistency model: evaluations (default 1). Diffusion model: levels of the grid."""
     label: int | None = None
     """The class; by default all classes in turn."""
+    guidance: float = 1.0
+    """Of a diffusion model that was trained with label_dropout: w, 1 being none."""
     seed: int = 0
     """Of the first sample; the next has seed + 1."""
     out: Path = Path("samples.png")
@@ -108,32 +112,111 @@ class Sample:
 
     def __call__(self) -> None:
         """Do it."""
-        import torch
-
-        from cmbook import data, runs
+        from cmbook import runs
         from cmbook.noise import PerImage
 
-        if self.n < 1:
-            raise ValueError(f"--n must be at least 1; got {self.n}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must lie in 0 ... {2**32 - 1}; got {self.seed}")
-        if self.out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out must end in .png or .npz; got {self.out}")
-        if self.out.is_dir():
-            raise ValueError(f"{self.out} is a folder; --out names a file")
+        _check_output(self.n, self.seed, self.out)
         loaded = runs.load(self.run, _device(self.device))
-        classes, label = loaded.record["classes"], None
-        if self.label is not None and not classes:
-            raise ValueError(f"{self.run} has no classes; leave out --label")
-        if classes:
-            label = torch.arange(self.n) % classes
-            label = label if self.label is None else torch.full_like(label, self.label)
-            data.check_labels(label, self.n, classes)
-            label = label.to(_device(self.device))
+        label = _labels(loaded, self.label, self.n, self.device)
         draws = PerImage(range(self.seed, self.seed + self.n))
-        samples = loaded.sample(self.n, label, steps=self.steps, generator=draws)
+        samples = loaded.sample(
+            self.n, label, steps=self.steps, guidance=self.guidance, generator=draws
+        )
         _save(samples.cpu(), None if label is None else label.cpu(), self.out)
         print(f"{self.n} samples: {self.out}")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Edit a picture with a consistency model that was trained for nothing of the kind.
+
+    For example:  cmbook edit runs/digits/cd --task inpaint --image seven.png --mask hole.png
+                  cmbook edit runs/digits/cd --task superres --image small.png --n 8 --label 3
+
+    The .png shows what the model was given, then what it made of it; .npz holds the results
+    alone, as 8-bit pictures (arr_0) and their labels (arr_1).
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of one of its checkpoints."""
+    task: Literal["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"]
+    """What to do; see below what each needs."""
+    image: Path | None = None
+    """The picture; not for interpolate."""
+    mask: Path | None = None
+    """For inpaint: white where to fill in."""
+    n: int = 9
+    """How many results; for interpolate, pictures on the way."""
+    label: int | None = None
+    """Their class; by default all classes in turn. For interpolate, 0."""
+    levels: int | None = None
+    """Evaluations: by default the paper's 40, for stroke 2."""
+    sigma: float | None = None
+    """For denoise: noise to add and remove (0.3). For stroke: where to start (5.38)."""
+    factor: int | None = None
+    """For superres: make the picture so much smaller first. Leave out if it is small."""
+    fit: bool = False
+    """Crop and resize pictures of another size than the model's."""
+    seed: int = 0
+    """Of the first result; the next has seed + 1."""
+    out: Path = Path("edited.png")
+    """A .png picture or .npz."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        import torch
+
+        from cmbook import pictures, runs
+        from cmbook.noise import PerImage, seeded
+
+        _check_output(self.n, self.seed, self.out)
+        loaded = runs.load(self.run, _device(self.device))
+        label = _labels(loaded, self.label, self.n, self.device)
+        each = PerImage(range(self.seed, self.seed + self.n))
+        edited = pictures.edit_picture(
+            loaded,
+            self.task,
+            self.image,
+            self.mask,
+            n=self.n,
+            label=label,
+            levels=self.levels,
+            sigma=self.sigma,
+            factor=self.factor,
+            fit=self.fit,
+            generator=seeded(self.seed) if self.task == "interpolate" else each,
+        )
+        results, shown = edited.results.cpu(), None if label is None else label.cpu()
+        if self.out.suffix == ".png" and self.task != "interpolate":
+            results = torch.cat([edited.given.cpu(), results])
+        _save(results, shown, self.out)
+        print(f"{self.task}: {self.out}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a run alone, without what only training needs: to share, or to keep.
+
+    For example:  cmbook export runs/digits/cd models/digits --half
+
+    cmbook sample and cmbook edit read the new folder like a run.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of one of its checkpoints."""
+    folder: tyro.conf.Positional[Path]
+    """The new folder."""
+    half: bool = False
+    """Store weights in half precision, in half the space."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook import runs
+
+        runs.export(runs.load(self.run), self.folder, half=self.half)
+        print(f"the model is in {self.folder}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +242,8 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Edit, tyro.conf.subcommand("edit")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]
 )
 
@@ -191,6 +276,34 @@ def main(arguments: list[str] | None = None) -> None:
 def _stop(message: str, code: int = 1) -> NoReturn:
     print(f"\ncmbook: {message}" if code == 130 else f"cmbook: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _check_output(n: int, seed: int, out: Path) -> None:
+    """Refuse what could not be saved, before anything is computed."""
+    if n < 1:
+        raise ValueError(f"--n must be at least 1; got {n}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must lie in 0 ... {2**32 - 1}; got {seed}")
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out must end in .png or .npz; got {out}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; --out names a file")
+
+
+def _labels(loaded: "Run", wanted: int | None, n: int, device: str) -> "Tensor | None":
+    """The class of each sample: the one that is wanted, or all in turn."""
+    import torch
+
+    from cmbook import data
+
+    classes = loaded.record["classes"]
+    if not classes:
+        if wanted is not None:
+            raise ValueError(f"{loaded.folder} has no classes; leave out --label")
+        return None
+    label = torch.arange(n) % classes if wanted is None else torch.full((n,), wanted)
+    data.check_labels(label, n, classes)
+    return label.to(_device(device))
 
 
 def _device(name: str) -> str:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from cmbook.training import State
 
 Weights = dict[str, Tensor]
-ALWAYS = {"average.safetensors", "student.safetensors", "state.pt", "experiment.toml"}
+SHARED = {"average.safetensors", "experiment.toml"}  # enough to sample from
+ALWAYS = SHARED | {"student.safetensors", "state.pt"}
 
 
 def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
@@ -62,16 +63,39 @@ def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
         {"step": state.step, "optimizer": state.optimizer.state_dict()}, unfinished / "state.pt"
     )
     (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
-    sums = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
-    (unfinished / "manifest.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-    for file in unfinished.iterdir():
-        _flush(file)
-    _flush(unfinished)
-    unfinished.rename(path)
-    _flush(folder)
+    _seal(unfinished, path)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old.rename(folder / f".unfinished-{old.name}"))
     return path
+
+
+def share(folder: Path, model: nn.Module, recipe: str, *, half: bool = False) -> None:
+    """Write a model alone, without what only training needs: a folder that can be given away.
+
+    Args:
+        folder: Must not exist yet.
+        model: Saved as `average`.
+        recipe: The TOML text that it was made from, with a record of its step.
+        half: Whether to store the weights in half precision, in half the space.
+
+    Raises:
+        ValueError: If the folder exists, or a weight has no half-precision value.
+
+    Source: ours.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name another folder")
+    weights = _weights(model)
+    if half:
+        weights = {n: w.half() if w.is_floating_point() else w for n, w in weights.items()}
+        if not all(bool(w.isfinite().all()) for w in weights.values()):
+            raise ValueError("a weight is too large for half precision; export without half")
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(weights, unfinished / "average.safetensors")
+    (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
+    _seal(unfinished, folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -97,7 +121,7 @@ def verify(path: Path) -> None:
         sums = dict(json.loads((path / "manifest.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}/manifest.json cannot be read. {instead}") from error
-    for name in sorted({*sums, *ALWAYS}):
+    for name in sorted({*sums, *(ALWAYS if path.name.startswith("step-") else SHARED)}):
         file = path / Path(name).name
         if name not in sums or not file.is_file():
             raise ValueError(f"checkpoint {path} has lost {name}. {instead}")
@@ -163,6 +187,17 @@ def fill(model: nn.Module, weights: Weights, origin: Path) -> None:
                 f"{shapes[0]} in the network"
             )
     model.load_state_dict(weights)
+
+
+def _seal(unfinished: Path, path: Path) -> None:
+    """Add the checksums, flush to disk, and give the folder its name."""
+    sums = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
+    (unfinished / "manifest.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    for file in unfinished.iterdir():
+        _flush(file)
+    _flush(unfinished)
+    unfinished.rename(path)
+    _flush(path.parent)
 
 
 def _weights(model: nn.Module) -> Weights:

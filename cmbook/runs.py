@@ -30,11 +30,13 @@ import cmbook
 from cmbook import checkpoints, experiment
 from cmbook.data import Data, fingerprint
 from cmbook.experiment import Experiment
+from cmbook.guidance import guided
+from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import Network
 from cmbook.noise import seeded
 from cmbook.parameterization import ConsistencyScalings, Preconditioned
-from cmbook.protocols import Batch, Generator, Labels, Samples
-from cmbook.samplers import multistep, ode_sample, prior
+from cmbook.protocols import Batch, Denoiser, Generator, Labels, Samples
+from cmbook.samplers import multistep, ode_sample, prior, progressive
 from cmbook.training import State, Step, distilled, train
 
 LOG_EVERY = 50
@@ -70,25 +72,44 @@ class Run:
         return self.step >= self.recipe.training.steps
 
     def sample(
-        self, n: int, label: Labels | None = None, *, steps: int | None = None, generator: Generator
+        self,
+        n: int,
+        label: Labels | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        generator: Generator,
     ) -> Samples:
         """`n` samples, by the recipe's `[sampling]` table.
 
         Args:
             n: How many.
             label: Classes, if the model has them.
-            steps: Of a consistency model: evaluations. Of a diffusion model: levels.
+            steps: Of a consistency model: evaluations. Of a diffusion model: levels; of a
+                progressively distilled one: Euler steps.
+            guidance: w of a diffusion model that was trained with `label_dropout`.
             generator: Draws all noise.
 
         Raises:
-            ValueError: If more steps are asked for than the recipe has noise levels.
+            ValueError: If more steps are asked for than the recipe has noise levels, or guidance
+                of a consistency model, which must be distilled from a guided teacher.
         """
         knobs, noise_range = self.recipe.sampling, self.recipe.noise_range
         device = next(self.model.parameters()).device
         x = prior(torch.empty(n, *self.record["shape"], device=device), noise_range, generator)
         if not isinstance(self.recipe.scalings, ConsistencyScalings):
+            denoise = self.model if guidance == 1 else guided(self.model, guidance)
+            objective = self.recipe.objective
+            if isinstance(objective, ProgressiveDistillation):
+                steps = objective.steps if steps is None else steps
+                return progressive(denoise, x, noise_range, label, steps=steps)
             levels = knobs.levels if steps is None else steps
-            return ode_sample(self.model, x, noise_range, label, levels=levels, solver=knobs.solver)
+            return ode_sample(denoise, x, noise_range, label, levels=levels, solver=knobs.solver)
+        if guidance != 1:
+            raise ValueError(
+                "guidance steers the walk of a diffusion model; a consistency model has it from "
+                "its teacher: distill one with guidance = w in the recipe"
+            )
         steps = 1 if steps is None else steps
         if not 1 <= steps <= len(knobs.sigmas):
             raise ValueError(
@@ -110,6 +131,9 @@ def run(
 ) -> Run:
     """Carry out a recipe in a folder.
 
+    A recipe of several rounds takes several runs: all but the last lie beside the folder, named
+    by their steps, as in `runs/toy/progressive-4`.
+
     Args:
         recipe: What to do.
         folder: Where; made if missing.
@@ -129,7 +153,34 @@ def run(
 
     Source: ours.
     """
-    folder, recipe = Path(folder), complete(recipe)
+    done = None
+    for part, where in rounds(recipe, Path(folder)):
+        again = resume and (done is None or (where / "experiment.toml").is_file())
+        done = _carry_out(part, where, again, overwrite, device, progress)
+    assert done is not None  # there is at least one round
+    return done
+
+
+def rounds(recipe: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
+    """The runs that a recipe takes, and their folders: each run teaches the next.
+
+    Source: Salimans and Ho (2022), Algorithm 2.
+    """
+    if not isinstance(recipe.objective, ProgressiveDistillation):
+        return [(recipe, folder)]
+    parts = [replace(recipe, objective=objective) for objective in recipe.objective.rounds]
+    steps = [objective.steps for objective in recipe.objective.rounds]
+    folders = [*(folder.with_name(f"{folder.name}-{s}") for s in steps[:-1]), folder]
+    for i, before in enumerate(folders[:-1], 1):
+        parts[i] = replace(parts[i], teacher=str(before), guidance=1.0)  # taught once
+    return list(zip(parts, folders, strict=True))
+
+
+def _carry_out(
+    recipe: Experiment, folder: Path, resume: bool, overwrite: bool, device: str, progress: bool
+) -> Run:
+    """One run."""
+    recipe = complete(recipe)
     data = recipe.data.build()
     teacher = _teacher(recipe, data)
     student = _student(recipe, data, teacher).to(device)
@@ -152,7 +203,7 @@ def run(
         recipe.objective,
         steps=knobs.steps,
         optimizer=state.optimizer,
-        teacher=teacher,
+        teacher=_guided(teacher, recipe.guidance),
         average_decay=knobs.average_decay,
         learning_rate=knobs.learning_rate,
         precision=knobs.precision,
@@ -186,7 +237,7 @@ def _follow(
 
 
 def load(folder: Path | str, device: str = "cpu") -> Run:
-    """Load the last checkpoint of a run, or the checkpoint at this very path.
+    """Load the last checkpoint of a run, the checkpoint at this very path, or an exported model.
 
     Raises:
         ValueError: If there is no run, naming the command that makes it, or its checkpoint is
@@ -207,10 +258,11 @@ def load(folder: Path | str, device: str = "cpu") -> Run:
             )
         path = found[-1]
     checkpoints.verify(path)
-    step = path.resolve().name.removeprefix("step-")
+    recipe, record = _recorded(path / "experiment.toml")
+    step = str(record.get("step", path.resolve().name.removeprefix("step-")))
     if not step.isdigit():
         raise ValueError(f"{path} was renamed; a checkpoint is called step-XXXXXXXX, by its step")
-    recipe, record = _recorded(path / "experiment.toml")
+    folder = path if "step" in record else folder  # exported: there is no run around it
     assert recipe.network is not None  # `complete` has filled it in
     shape, classes = tuple(record["shape"]), record["classes"] or None
     net = _initialized(recipe.network, shape, classes, recipe.seed)
@@ -219,6 +271,28 @@ def load(folder: Path | str, device: str = "cpu") -> Run:
     model.eval().requires_grad_(False).to(device)
     seconds = _Log(folder / "log.csv", None).seconds
     return Run(folder, recipe, record, model, int(step), seconds)
+
+
+def export(made: Run, folder: Path, *, half: bool = False) -> Path:
+    """Write the model of a run alone: weights, recipe and record, to share or to keep.
+
+    `load` reads the folder like a run, and so do `cmbook sample` and `cmbook edit`. It cannot be
+    resumed.
+
+    Args:
+        made: The run.
+        folder: Must not exist yet.
+        half: Whether to store the weights in half precision, in half the space.
+
+    Raises:
+        ValueError: If the folder exists, or the weights do not fit in half precision.
+
+    Source: ours.
+    """
+    record = made.record | {"step": made.step}
+    text = f"{experiment.dumps(made.recipe)}\n{tomli_w.dumps({'record': record})}"
+    checkpoints.share(Path(folder), made.model, text, half=half)
+    return Path(folder)
 
 
 def complete(recipe: Experiment) -> Experiment:
@@ -260,7 +334,17 @@ def _teacher(recipe: Experiment, data: Data) -> Preconditioned | None:
             f"the teacher has sigma_data {theirs.recipe.noise_range.sigma_data}, this recipe "
             f"{recipe.noise_range.sigma_data}; they must agree"
         )
+    network = theirs.recipe.network
+    if recipe.guidance != 1 and not (data.classes and network and network.label_dropout):
+        raise ValueError(
+            f"guidance compares answers with a class and without; the teacher {recipe.teacher} "
+            "must know classes and be trained with network.label_dropout, such as 0.1"
+        )
     return theirs.model
+
+
+def _guided(teacher: Preconditioned | None, scale: float) -> Denoiser | None:
+    return teacher if teacher is None or scale == 1 else guided(teacher, scale)
 
 
 def _student(recipe: Experiment, data: Data, teacher: Preconditioned | None) -> Preconditioned:

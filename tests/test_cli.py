@@ -119,7 +119,9 @@ def test_samples_are_drawn_as_a_picture(runs, name):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sample"], ["configs"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["sample"], ["edit"], ["export"], ["configs"]]
+)
 def test_every_command_has_help_without_words_of_programmers(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

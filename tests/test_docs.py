@@ -33,9 +33,13 @@ FLOORS_0_TO_2 = [
     *["protocols", "noise", "schedules", "conventions", "ode", "distances", "weights", "guidance"],
     *[f"oracle.{name}" for name in ("worlds", "dataset", "guided", "distance", "integrate")],
     *["parameterization", "networks.blocks", "networks.mlp", "networks.unet"],
-    *["losses.regression", "losses.edm", "losses.cd", "losses.ct", "samplers"],
+    *[f"losses.{name}" for name in ("regression", "tangent", "edm", "progressive", "cd", "ct")],
+    *["losses.continuous", "samplers", "editing"],
 ]
-ABOVE = ["data", "training", "checkpoints", "evaluation", "experiment", "runs", "plotting", "demo"]
+ABOVE = [
+    *["data", "training", "checkpoints", "evaluation"],
+    *["experiment", "runs", "pictures", "plotting", "demo"],
+]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
@@ -73,7 +77,7 @@ def without_source(name: str, text: str) -> bool:
     return (
         name.startswith("protocols.")
         or text.startswith("What `")
-        or name.endswith((".World", ".Scalings"))
+        or name.endswith((".World", ".Paths", ".Scalings", ".Measurement"))
     )
 
 
@@ -165,7 +169,7 @@ def test_the_code_of_a_page_runs(blocks, tmp_path, monkeypatch):
 
 
 def test_the_page_of_a_command_shows_its_help():
-    for command in ("demo", "train", "sample", "configs"):
+    for command in ("demo", "train", "sample", "edit", "export", "configs"):
         assert f"<!-- help: {command} -->" in API
         shown = load("hooks").help_of(command)
         assert f"usage: cmbook {command}" in shown

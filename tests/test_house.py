@@ -14,9 +14,9 @@ FLOORS = {
         *["guidance", "oracle"],
     },
     1: {"parameterization", "networks"},
-    2: {"losses", "samplers"},
+    2: {"losses", "samplers", "editing"},
     3: {"data", "training", "checkpoints", "evaluation"},
-    4: {"experiment", "runs", "plotting"},
+    4: {"experiment", "runs", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
@@ -24,7 +24,7 @@ THIRD_PARTY = {
     1: {"torch", "einops"},
     2: {"torch"},
     3: {"torch", "safetensors", "sklearn", "scipy"},
-    4: {"torch", "tomli_w", "tqdm", "matplotlib", "PIL"},
+    4: {"torch", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"},
     5: {"torch", "tyro", "numpy", "matplotlib"},
 }
 STANDARD = {
