@@ -45,13 +45,17 @@ class OpenAI:
 
     def sigmas(self, written: Sequence[int]) -> Grid:
         """The levels that a list of indices means, one for each evaluation."""
-        indices, grid, last = list(written), self.noise_range.grid(self.levels), self.levels - 1
+        indices, grid, last = (
+            [int(i) for i in written],
+            self.noise_range.grid(self.levels),
+            self.levels - 1,
+        )
         _check_rising("ts", "rise", indices, indices, self.levels)
         if indices[-1] != last or len(indices) < 2:
             raise ValueError(
                 f"ts must end with {last}, the index of sigma_min, after at least one evaluation; "
                 f"got {indices}. Noise of level {float(grid[indices[-1]]):.4g} would be left in "
-                f"the image. Did you mean {[*indices, last]}?"
+                f"the image. Did you mean {[*indices, last] if indices != [last] else [0, last]}?"
             )
         return grid[indices[:-1]]
 
@@ -113,8 +117,9 @@ class Diffusers:
 
     def sigmas(self, written: Sequence[int]) -> Grid:
         """The levels that a list of indices means, one for each evaluation."""
-        indices = list(written)[::-1]
-        _check_rising("timesteps", "fall", indices, list(written), self.levels)
+        given = [int(i) for i in written]
+        indices = given[::-1]
+        _check_rising("timesteps", "fall", indices, given, self.levels)
         return self.noise_range.grid(self.levels)[indices]
 
     def written(self, sigmas: Grid) -> list[int]:

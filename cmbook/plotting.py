@@ -95,7 +95,8 @@ def distance(
     parts = (("discretization", TEACHER, "--"), ("network", CD, "-."), ("total", TRUTH, "-"))
     for name, color, line in parts:
         value, low, high = (100 * v.cpu() for v in getattr(getattr(found, name), quantity))
-        ax.plot(found.sigmas.cpu(), value, line, color=color, label=name)
+        alone = "o" if len(value) == 1 else None
+        ax.plot(found.sigmas.cpu(), value, line, color=color, label=name, marker=alone)
         ax.fill_between(found.sigmas.cpu(), low, high, color=color, alpha=0.2, linewidth=0)
     said = {"median": "median distance", "rms": "rms distance", "off": "points off by > ¼ std"}
     unit = "%" if quantity == "off" else "% of the data's std"
@@ -150,12 +151,11 @@ def film(
         seconds: How long it plays, before the last frame is held.
 
     Raises:
-        ValueError: If there are not as many captions as frames.
+        ValueError: If there are no frames, or not as many captions as frames.
 
     Source: ours.
     """
-    if len(points) != len(captions):
-        raise ValueError(f"{len(points)} frames need {len(points)} captions; got {len(captions)}")
+    _check_captions(points, captions)
     with book_style():
         figure = Figure(figsize=(3.2, 3.4))
         frames = []
@@ -181,12 +181,11 @@ def strip(
     """The same as a `film`, for paper: one panel for each frame, side by side.
 
     Raises:
-        ValueError: If there are not as many captions as frames.
+        ValueError: If there are no frames, or not as many captions as frames.
 
     Source: ours.
     """
-    if len(points) != len(captions):
-        raise ValueError(f"{len(points)} frames need {len(points)} captions; got {len(captions)}")
+    _check_captions(points, captions)
     with book_style():
         figure = Figure(figsize=(min(8.0, 2.0 * len(points)), 2.3))
         axes = figure.subplots(1, len(points), squeeze=False)[0]
@@ -258,6 +257,13 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(f".unfinished-{path.name}")
     figure.savefig(unfinished, format=path.suffix.lstrip(".") or "png")
     unfinished.replace(path)
+
+
+def _check_captions(points: Path_, captions: Sequence[str]) -> None:
+    if not 0 < len(points) == len(captions):
+        raise ValueError(
+            f"at least 1 frame, and a caption for each; got {len(points)} and {len(captions)}"
+        )
 
 
 def _scene(

@@ -196,3 +196,8 @@ def test_multistep_equals_the_diffusers_scheduler_step_by_step(
         torch.testing.assert_close(after, stored[f"{run}/step{step}/prev_sample"], **close)
     assert len(seen) == len(timesteps)
     assert draws.queues["normal"] == []
+
+
+def test_the_hint_for_a_list_without_evaluation_is_a_list_that_works():
+    with pytest.raises(ValueError, match=r"Did you mean \[0, 39\]"):
+        OpenAI(40).sigmas([39])

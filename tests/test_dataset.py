@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cmbook.noise import normal, seeded
-from cmbook.oracle import Dataset, GaussianMixture, World
+from cmbook.oracle import Dataset, GaussianMixture, Guided, World
+from cmbook.oracle.integrate import integrate
 
 POINTS = normal(torch.empty(60, 2, dtype=torch.float64), seeded(1)) * 0.5
 CLASS = torch.arange(60) % 3
@@ -107,3 +108,36 @@ def test_a_data_set_is_a_world():
 def test_impossible_questions_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_points_of_several_classes_and_levels_walk_as_if_alone():
+    """Rows that are done leave the batch; those that go on keep their own labels."""
+    data = Dataset(POINTS, CLASS)
+    x = normal(torch.empty(6, 2, dtype=torch.float64), seeded(3))
+    sigma = torch.tensor([0.01, 3.0, 0.02, 2.0, 0.05, 1.0], dtype=torch.float64)
+    label = torch.tensor([0, 1, 2, 2, 1, 0])
+    together = data.consistency(x, sigma, label)
+    for k in range(6):
+        alone = data.consistency(x[k : k + 1], sigma[k : k + 1], label[k : k + 1])
+        torch.testing.assert_close(together[k : k + 1], alone, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Dataset(POINTS, CLASS - 1), "numbers from 0"),
+        (lambda: Dataset(POINTS * torch.nan), "points must be finite"),
+        (lambda: Dataset(POINTS, CLASS).denoiser(POINTS[:2], full(2, 1.0), torch.tensor([0, -1])),
+         "no point has the label -1"),
+        (lambda: GaussianMixture.isotropic(POINTS * torch.nan, 0.1), "must be finite"),
+        (lambda: Guided(GaussianMixture.isotropic(POINTS, 0.1), torch.inf), "scale must be finite"),
+    ],
+)  # fmt: skip
+def test_worlds_that_are_none_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_derivative_that_is_not_finite_does_not_hang():
+    with pytest.raises(ValueError, match="the derivative is not finite"):
+        integrate(lambda x, t, rows: x / 0, torch.ones(2, 2).double(), full(2, 0.0), full(2, 1.0))

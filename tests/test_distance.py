@@ -6,7 +6,7 @@ import torch
 from cmbook.data import WORLDS
 from cmbook.noise import NoiseRange, seeded
 from cmbook.ode import solve
-from cmbook.oracle import Gaussian, distance_to_truth
+from cmbook.oracle import Dataset, Gaussian, distance_to_truth
 
 RANGE = NoiseRange()
 QUANTITIES = ("median", "rms", "off")
@@ -175,3 +175,44 @@ def test_the_table_shows_the_percentages_of_the_noisiest_level(separable):
 def test_impossible_measurements_are_refused(gaussian, knobs, message):
     with pytest.raises(ValueError, match=message):
         measure(gaussian.consistency, gaussian, **knobs)
+
+
+# ── labels, and answers that cannot be compared ──
+
+
+def test_every_point_keeps_its_label_on_the_whole_walk():
+    """By a reference that walks one point at a time, from each of four levels."""
+    world, levels, n = WORLDS["moons"](), 5, 12
+    grid = RANGE.grid(levels)
+    found = measure(
+        world.consistency, world, levels=levels, n=n, labelled=True, solver="euler"
+    ).discretization.rms.value
+    points, label = world.sample(n, float(grid[0]), generator=seeded(0))
+    assert len(label.unique()) > 1
+    for i in range(levels - 1):
+        here = grid[i].expand(n)
+        x = world.flow_map(points, grid[0].expand(n), here, label) if i else points
+        ends = torch.cat([
+            solve(world.denoiser, x[k : k + 1], grid[i:], label[k : k + 1], solver="euler")
+            for k in range(n)
+        ])  # fmt: skip
+        far = (ends - world.consistency(x, here, label)).norm(dim=1) / world.std
+        assert float(found[i]) == pytest.approx(float(far.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda x, s, label=None: x * torch.nan, "100.0% of the model's answers are NaN"),
+        (lambda x, s, label=None: x[:, :1], r"answers \(500, 2\) points with shape \(500, 1\)"),
+    ],
+)
+def test_answers_that_cannot_be_compared_are_refused(separable, answer, words):
+    with pytest.raises(ValueError, match=words):
+        measure(answer, separable)
+
+
+def test_a_single_point_is_no_world_to_measure_in():
+    world = Dataset(torch.zeros(1, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="is no unit of distance"):
+        measure(world.consistency, world)

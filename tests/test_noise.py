@@ -128,3 +128,13 @@ def test_normal_numbers_are_normal(generator):
 def test_an_impossible_law_of_noise_levels_is_refused(bad):
     with pytest.raises(ValueError, match="finite mean and std > 0"):
         LogNormal(*bad)
+
+
+def test_integers_of_each_image_reach_the_highest():
+    drawn = integers(400, 50, PerImage(range(400)))
+    assert (int(drawn.min()), int(drawn.max())) == (0, 49)
+
+
+def test_a_recorded_integer_that_is_too_high_is_refused():
+    with pytest.raises(ValueError, match=r"recorded integers must lie in 0 \.\.\. 4; got \[5\]"):
+        integers(1, 5, Replay(integers=[torch.tensor([5])]))

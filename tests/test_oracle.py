@@ -319,3 +319,11 @@ def test_a_point_mass_without_noise_is_its_own_denoiser():
 def test_a_path_from_nowhere_is_refused_instead_of_followed_for_ever(separable, x, sigma):
     with pytest.raises(ValueError, match="must be finite"):
         separable.consistency(torch.full((1, 2), x, dtype=torch.float64), full(1, sigma))
+
+
+def test_the_jacobian_ends_where_it_is_told():
+    world = GaussianMixture.isotropic(torch.tensor([[-0.5, 0.0], [0.5, 0.0]]), 0.1)
+    x, aside = torch.tensor([[0.02, 0.3]]).double(), torch.tensor([[1e-6, 0.0]]).double()
+    ahead, behind = (world.consistency(x + s * aside, full(1, 1.0), sigma_end=0.3) for s in (1, -1))
+    jacobian = world.consistency_jacobian(x, full(1, 1.0), sigma_end=0.3)
+    torch.testing.assert_close(jacobian[:, :, 0], (ahead - behind) / 2e-6, rtol=1e-3, atol=1e-4)

@@ -106,7 +106,7 @@ def test_a_strip_has_a_panel_for_each_caption():
 
 @pytest.mark.parametrize("draw", [plotting.film, plotting.strip])
 def test_frames_without_captions_are_refused(draw):
-    with pytest.raises(ValueError, match="3 frames need 3 captions; got 1"):
+    with pytest.raises(ValueError, match="a caption for each; got 3 and 1"):
         draw(POINTS.expand(3, 3, 2), ["a"])
 
 
@@ -188,3 +188,9 @@ def test_a_failed_save_leaves_the_older_picture(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         plotting.save(Figure(), path)
     assert path.read_bytes() == b"older"
+
+
+@pytest.mark.parametrize("draw", [plotting.film, plotting.strip])
+def test_an_animation_of_nothing_is_refused(draw):
+    with pytest.raises(ValueError, match="at least 1 frame"):
+        draw(torch.zeros(0, 3, 2), [])

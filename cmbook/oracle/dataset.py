@@ -33,8 +33,8 @@ class Dataset:
         chunk: Points visited at a time.
 
     Raises:
-        ValueError: If there is no point or the chunk is not positive; when called, if a label is
-            asked for that no point has.
+        ValueError: If there is no point, one is not finite, labels do not fit, or the chunk is
+            not positive; when called, if a label is asked for that no point has.
 
     Source: Karras et al. (2022), App. B.3: the ideal denoiser of a data set.
     """
@@ -48,6 +48,16 @@ class Dataset:
             raise ValueError(
                 f"a data set needs at least 1 point and chunks of at least 1; got "
                 f"{len(self.points)} points, chunk={self.chunk}"
+            )
+        if not bool(torch.isfinite(self.points).all()):
+            raise ValueError("points must be finite; some are NaN or infinite")
+        fits = self.label is None or (
+            self.label.shape == (len(self.points),) and int(self.label.min()) >= 0
+        )
+        if not fits:
+            raise ValueError(
+                f"labels must be {len(self.points)} numbers from 0, one for each point; got "
+                f"{self.label}"
             )
 
     @property
@@ -142,7 +152,8 @@ class Dataset:
             return torch.full((n,), len(self.points), dtype=torch.float64)
         if self.label is None:
             raise ValueError("this data set has no labels; call it without one")
-        counts = self.label.bincount(minlength=int(label.max()) + 1)[label]
-        if not bool((counts > 0).all()):
-            raise ValueError(f"no point has the label {int(label[counts == 0][0])}")
+        unknown = ~torch.isin(label, self.label)
+        if bool(unknown.any()):
+            raise ValueError(f"no point has the label {int(label[unknown][0])}")
+        counts = self.label.bincount()[label]
         return counts.double()

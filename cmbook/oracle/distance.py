@@ -110,13 +110,16 @@ def distance_to_truth(
         generator: Draws the paths, and the resamples behind the intervals.
 
     Raises:
-        ValueError: If there are fewer than 2 levels or 2 paths, or the solver is not known.
+        ValueError: If there are fewer than 2 levels or 2 paths, the solver is not known, the world
+            is a single point, or the model's answers have another shape or are not finite.
 
     Source: ours; the two parts are those of Song et al. (2023), Theorem 1 and its proof.
     """
     check_choice("solver", solver, SOLVERS)
     if n < 2:
         raise ValueError(f"distances need at least 2 paths; got n={n}")
+    if not world.std > 0:
+        raise ValueError("this world is one point: its standard deviation is no unit of distance")
     grid = noise_range.grid(levels)
     seen = torch.linspace(0, levels - 2, min(_SEEN, levels - 1)).round().long().tolist()
     points, label = world.sample(n, float(grid[0]), generator=generator)
@@ -130,7 +133,7 @@ def distance_to_truth(
             sigma, sigma_seen = grid[previous].expand(n), grid[i].expand(n)
             points = world.flow_map(points, sigma, sigma_seen, label) if i else points
             crowd = torch.cat([crowd, points])
-            predicted.append(model(points, sigma_seen, label).double())
+            predicted.append(_checked(model(points, sigma_seen, label), points))
             previous = i
         labels = None if label is None else label.repeat(len(crowd) // n)
         crowd = step(
@@ -147,6 +150,18 @@ def distance_to_truth(
     parts = (walked - truth, said - walked, said - truth)
     found = [_errors(part.flatten(2).norm(dim=2) / world.std, rows) for part in parts]
     return DistanceToTruth(grid[seen], *found)
+
+
+def _checked(said: Tensor, points: Tensor) -> Tensor:
+    """What the model said, in float64, if it can be compared."""
+    if said.shape != points.shape:
+        raise ValueError(
+            f"the model answers {tuple(points.shape)} points with shape {tuple(said.shape)}"
+        )
+    if not bool(said.isfinite().all()):
+        share = float((~said.isfinite()).any(1).double().mean())
+        raise ValueError(f"{share:.1%} of the model's answers are NaN or infinite")
+    return said.double()
 
 
 def _errors(lengths: Tensor, rows: list[Tensor]) -> Errors:

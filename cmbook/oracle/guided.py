@@ -1,5 +1,6 @@
 """Guidance with exact answers: what it does to the denoiser, to the paths and to the law."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +31,10 @@ class Guided:
 
     world: GaussianMixture
     scale: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite; got {self.scale}")
 
     @property
     def std(self) -> float:

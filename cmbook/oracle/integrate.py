@@ -23,7 +23,8 @@ def integrate(
         tolerance: Of the error of one step, relative and (a hundredth of it) absolute.
 
     Raises:
-        ValueError: If a point or a time is not finite: its path would be followed for ever.
+        ValueError: If a point, a time or a derivative is not finite: such a path would be followed
+            for ever.
 
     Source: Hairer, Nørsett and Wanner (1993), DOP853, with scipy's coefficients.
     """
@@ -52,6 +53,8 @@ def integrate(
         scale = tolerance * (0.01 + torch.maximum(here.abs(), there.abs()))
         fifth, third = ((torch.tensordot(e, k, 1) / scale).square().sum(1) for e in (e5, e3))
         error = h.abs() * fifth / ((fifth + 0.01 * third) * here.shape[1]).sqrt().clamp(min=1e-300)
+        if not bool(torch.isfinite(error).all()):
+            raise ValueError("the derivative is not finite: is something NaN or infinite in it?")
         good = error < 1
         x[rows] = torch.where(good[:, None], there, here)
         time[rows] = torch.where(good, now + h, now)

@@ -209,8 +209,8 @@ class GaussianMixture:
     classes: Labels | None = None
 
     def __post_init__(self) -> None:
-        if not bool((self.weights > 0).all()):
-            raise ValueError(f"weights must be positive; got {self.weights.tolist()}")
+        if not bool(((self.weights > 0) & self.weights.isfinite()).all()):
+            raise ValueError(f"weights must be positive and finite; got {self.weights.tolist()}")
         _check_covariances(self.covariances, self.means)
         if self.classes is not None:
             found = self.classes.unique()
@@ -429,6 +429,8 @@ def _check_covariances(covariances: Tensor, means: Tensor) -> None:
             f"means of shape {tuple(means.shape)} need covariances of shape "
             f"{(*means.shape, d)}; got {tuple(covariances.shape)}"
         )
+    if not bool(means.isfinite().all() and covariances.isfinite().all()):
+        raise ValueError("means and covariances must be finite; some are NaN or infinite")
     symmetric = torch.allclose(covariances, covariances.mT)
     least = float(torch.linalg.eigvalsh(covariances.double()).min())
     if not symmetric or least < -1e-12:
