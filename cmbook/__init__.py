@@ -14,6 +14,12 @@ if TYPE_CHECKING:
         Digits as Digits,
     )
     from cmbook.data import (
+        Glyphs as Glyphs,
+    )
+    from cmbook.data import (
+        Images as Images,
+    )
+    from cmbook.data import (
         TensorData as TensorData,
     )
     from cmbook.data import (
@@ -296,7 +302,7 @@ _NAMES = {
         "Both Downsampling Grayscale Inpainting Linear edit interpolate slerp stroke"
     ),
     # floor 3 · workshop
-    "cmbook.data": "Digits TensorData Toy",
+    "cmbook.data": "Digits Glyphs Images TensorData Toy",
     "cmbook.training": "blend distilled train",
     "cmbook.evaluation": "frechet_distance nearest_distance precision_recall",
     # floor 4 · doors and windows

@@ -1,4 +1,4 @@
-"""The command line: cmbook demo | train | sample | edit | export | configs."""
+"""The command line: cmbook demo | train | sample | edit | export | data | configs."""
 
 import os
 import sys
@@ -220,6 +220,99 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Get:
+    """Fetch a data set that anyone may have: fashion-mnist, mnist, cifar10.
+
+    For example:  cmbook data get fashion-mnist
+
+    An interrupted fetch is gone on with; every file is checked against its published checksum.
+    """
+
+    name: tyro.conf.Positional[str]
+    """The data set."""
+    to: Path = Path("data")
+    """Its folder is made in this one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook.data import fetch
+
+        place = fetch.get(self.name, self.to)
+        print(f"{self.name} is in {place}. Look at it: cmbook data check {place}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Look at images before training on them: how many, how large, which classes, what is broken.
+
+    For example:  cmbook data check my/pictures --size 64 --sheet sheet.png
+    """
+
+    path: tyro.conf.Positional[str]
+    """As data.path in a recipe: a folder, a .zip, an .npz, or hf://NAME."""
+    size: int | None = None
+    """Look at them at this size."""
+    channels: Literal[1, 3] | None = None
+    """1: gray, 3: RGB."""
+    sheet: Path | None = None
+    """Draw some of them into this .png."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook.data import inspect
+
+        if self.sheet is not None:
+            _check_output(1, 0, self.sheet)
+        checked = inspect.check(self.path, self.size, self.channels)
+        print(checked)
+        if self.sheet is not None and checked.sheet is None:
+            raise ValueError("the pictures differ in size: --sheet needs --size, such as --size 64")
+        if self.sheet is not None:
+            assert checked.sheet is not None
+            _save(checked.sheet, None, self.sheet)
+            print(f"  sheet    {self.sheet}")
+        if checked.broken:
+            raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class ExportLsun:
+    """Unpack the pictures of an LSUN database into a folder.
+
+    For example:  cmbook data export-lsun bedroom_train_lmdb data/bedroom
+    """
+
+    database: tyro.conf.Positional[Path]
+    """The folder that holds data.mdb."""
+    folder: tyro.conf.Positional[Path]
+    """Where to put them."""
+    limit: int | None = None
+    """So many at most."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook.data import readers
+
+        count = readers.export_lsun(self.database, self.folder, self.limit)
+        print(f"{count} pictures are in {self.folder}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Fetch a data set, look at one before training on it, or unpack LSUN."""
+
+    what: (
+        Annotated[Get, tyro.conf.subcommand("get")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[ExportLsun, tyro.conf.subcommand("export-lsun")]
+    )
+
+    def __call__(self) -> None:
+        """Do it."""
+        self.what()
+
+
+@dataclass(frozen=True)
 class Configs:
     """List the recipes that come with cmbook, or print one."""
 
@@ -244,6 +337,7 @@ Command = (
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Edit, tyro.conf.subcommand("edit")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]
 )
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from cmbook.data.prepare import decoded
 from cmbook.editing import (
     STROKE_SIGMAS,
     Downsampling,
@@ -61,24 +62,14 @@ def read_picture(path: Path, channels: int, size: tuple[int, int], *, fit: bool 
     Source: ours.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels; this model has {channels}")
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"{path} has {picture.mode} pixels; save it as a picture of 8-bit colors"
-                )
-            if "A" in picture.mode or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                paper = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(paper, picture)
-            picture = picture.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+        picture = decoded(path.read_bytes(), channels)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     height, width = size
     if picture.size != (width, height):
         if not fit:

@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cmbook import (
@@ -13,6 +14,7 @@ from cmbook import (
     ConsistencyTraining,
     Digits,
     Experiment,
+    Images,
     LInf,
     NoiseRange,
     PseudoHuber,
@@ -52,8 +54,11 @@ def test_every_shipped_recipe_comes_back_equal(name):
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_shipped_recipe_builds(name):
+def test_every_shipped_recipe_builds(name, tmp_path):
     recipe = loads(recipe_text(name))
+    if isinstance(recipe.data, Images):  # a tiny file stands for what must be fetched
+        np.savez(tmp_path / "set.npz", np.zeros((10, 28, 28), np.uint8), np.arange(10))
+        recipe = replace(recipe, data=replace(recipe.data, path=str(tmp_path / "set.npz")))
     data, network = recipe.data.build(), recipe.network or MLP()
     optimizer = recipe.training.optimizer.build(network.build(data.shape, data.classes))
     assert optimizer.param_groups[0]["lr"] == recipe.training.optimizer.lr
@@ -152,7 +157,10 @@ REFUSED = [
     ("objective.weightt='snr'", "objective.weightt is not a setting; did you mean 'weight'"),
     ("trainingg.steps=3", "trainingg is not a setting; did you mean 'training'"),
     ("training.optimiser.lr=1", "optimiser is not a setting; did you mean 'optimizer'"),
-    ("data.kind=Digit", "data.kind must be one of Toy, Digits; got 'Digit'; did you mean 'Digits'"),
+    (
+        "data.kind=Digit",
+        "data.kind must be one of Toy, Digits, Glyphs, Images; got 'Digit'; did you mean 'Digits'",
+    ),
     ("data.world=rings", "did you mean 'ring'"),
     ("network.kind=Unet", "did you mean 'UNet'"),
     ("objective.distance.kind=L3", "must be one of L2, L1, Norm, PseudoHuber, LInf; got 'L3'"),
@@ -169,7 +177,7 @@ REFUSED = [
     ("noise_range.rho='7'", "must be of type float; got '7'"),
     ("data.labelled=1", "must be of type bool; got 1"),
     ("teacher=3", "teacher must be of type str; got 3"),
-    ("data=Toy", "data needs a kind, one of Toy, Digits; got 'Toy'"),
+    ("data=Toy", "data needs a kind, one of Toy, Digits, Glyphs, Images; got 'Toy'"),
     ("data={world='ring'}", "data needs a kind"),
     ("data={kind=['Toy']}", "data.kind must be one of"),
     ("data={kind={a=1}}", "data.kind must be one of"),
@@ -220,7 +228,7 @@ def test_a_wrong_setting_is_refused_with_what_was_expected(override, message):
     [
         ("", "the recipe has no data, which has no default"),
         ("a = = 3", "not valid TOML.*line 1"),
-        ("data = 1", "data needs a kind, one of Toy, Digits; got 1"),
+        ("data = 1", "data needs a kind, one of Toy, Digits, Glyphs, Images; got 1"),
         (RING.replace("MLP", "MLQ"), "did you mean 'MLP'"),
         (RING.replace("network", "# "), "a run without a teacher needs a network"),
     ],

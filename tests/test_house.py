@@ -23,14 +23,19 @@ THIRD_PARTY = {
     0: {"torch", "jaxtyping", "scipy"},
     1: {"torch", "einops"},
     2: {"torch"},
-    3: {"torch", "safetensors", "sklearn", "scipy"},
+    3: {
+        *["torch", "numpy", "safetensors", "sklearn", "scipy", "PIL", "tqdm"],
+        *["datasets", "lmdb"],
+    },
     4: {"torch", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"},
     5: {"torch", "tyro", "numpy", "matplotlib"},
 }
 STANDARD = {
-    "ast", "base64", "collections", "contextlib", "copy", "csv", "dataclasses", "difflib",
-    "functools", "hashlib", "importlib", "io", "itertools", "json", "math", "os", "pathlib",
-    "platform", "shutil", "signal", "sys", "threading", "time", "tomllib", "types", "typing",
+    "ast", "base64", "collections", "concurrent", "contextlib", "copy", "csv", "dataclasses",
+    "difflib", "fcntl", "functools", "gzip", "hashlib", "importlib", "io", "itertools", "json",
+    "math", "os", "pathlib", "pickle", "platform", "re", "shutil", "signal", "struct", "sys",
+    "tarfile", "threading", "time", "tomllib", "types", "typing", "urllib", "warnings",
+    "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -23,10 +23,12 @@ class UNet:
         channels: At the full resolution.
         multipliers: Channels at each resolution, as multiples; each is half the size of the last.
         blocks: Residual blocks at each resolution, on the way down.
-        attention: The image sides, in pixels, at which blocks attend.
+        attention: The sides of the features at which blocks attend, such as 8 for 8x8.
         heads: Attention heads.
         dropout: Inside each residual block.
         label_dropout: Share of labels that are dropped in training, for guidance.
+        patch: Squares of so many pixels a side become channels before the first convolution, and
+            pixels again after the last: 2 makes a step about four times cheaper.
 
     Source: Dhariwal and Nichol (2021), §3; Ronneberger et al. (2015).
     """
@@ -38,9 +40,10 @@ class UNet:
     heads: int = 4
     dropout: float = 0.0
     label_dropout: float = 0.0
+    patch: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads)
+        check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads, patch=self.patch)
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -54,7 +57,7 @@ class UNet:
         Raises:
             ValueError: If the shape is not an image whose sides can be halved often enough.
         """
-        halvings = 2 ** (len(self.multipliers) - 1)
+        halvings = self.patch * 2 ** (len(self.multipliers) - 1)
         if len(shape) != 3 or shape[1] % halvings or shape[2] % halvings:
             raise ValueError(
                 f"UNet with {len(self.multipliers)} resolutions needs images "
@@ -68,14 +71,15 @@ class UNetModule(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: UNet) -> None:
         super().__init__()
-        told, side, width = 4 * knobs.channels, shape[1], knobs.channels
+        told, side, width = 4 * knobs.channels, shape[1] // knobs.patch, knobs.channels
+        self.patch, pixels = knobs.patch, shape[0] * knobs.patch**2
         self.conditioning = Conditioning(told, classes, knobs.label_dropout)
 
         def stage(c_in: int, c_out: int) -> "_Stage":
             attends = side in knobs.attention
             return _Stage(c_in, c_out, told, knobs.heads if attends else 0, knobs.dropout)
 
-        self.inlet = nn.Conv2d(shape[0], width, 3, padding=1)
+        self.inlet = nn.Conv2d(pixels, width, 3, padding=1)
         self.down, self.up, bridges = nn.ModuleList(), nn.ModuleList(), [width]
         for level, multiplier in enumerate(knobs.multipliers):
             if level > 0:
@@ -95,13 +99,13 @@ class UNetModule(nn.Module):
                 self.up.append(_Up())
                 side *= 2
         self.outlet = nn.Sequential(
-            _GroupNorm(width), nn.SiLU(), zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
+            _GroupNorm(width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
         )
 
     def forward(self, x: Samples, c_noise: PerSample, label: Labels | None = None) -> Samples:
         """The raw output, shaped as `x`."""
         told = F.silu(self.conditioning(c_noise, label))
-        h = self.inlet(x)
+        h = self.inlet(F.pixel_unshuffle(x, self.patch))
         bridges = [h]
         for layer in self.down:
             h = layer(h, told)
@@ -112,7 +116,7 @@ class UNetModule(nn.Module):
             h = layer(h, told) if isinstance(layer, _Up) else layer(
                 torch.cat([h, bridges.pop()], 1), told
             )  # fmt: skip
-        return cast(Tensor, self.outlet(h))
+        return F.pixel_shuffle(self.outlet(h), self.patch)
 
 
 class _Stage(nn.Module):
