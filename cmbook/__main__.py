@@ -63,6 +63,8 @@ class Train:
     """Replace the run in that folder."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+    tensorboard: bool = False
+    """Also write what TensorBoard shows: the log as curves, samples at every save."""
 
     def __call__(self) -> None:
         """Do it."""
@@ -78,6 +80,7 @@ class Train:
                 resume=self.resume,
                 overwrite=self.overwrite,
                 device=_device(self.device),
+                tensorboard=self.tensorboard,
             )
         except runs.Interrupted as stop:
             raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
@@ -88,13 +91,14 @@ class Train:
 class Sample:
     """Draw samples from a run, as a picture or as numbers.
 
-    For example:  cmbook sample runs/digits/cd --n 100 --label 7 --out sevens.png
+    For example:  cmbook sample digits/cd
+                  cmbook sample runs/digits/cd --n 100 --label 7 --out sevens.png
 
     An image depends on its seed alone, not on how many are drawn with it.
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run, or of one of its checkpoints."""
+    """Folder of a run, or of one of its checkpoints; or a student that comes with cmbook."""
     n: int = 100
     """How many."""
     steps: int | None = None
@@ -105,6 +109,8 @@ class Sample:
     """Of a diffusion model that was trained with label_dropout: w, 1 being none."""
     seed: int = 0
     """Of the first sample; the next has seed + 1."""
+    average: float | None = None
+    """Decay of the moving average, if the run has several; by default training.average_decay."""
     out: Path = Path("samples.png")
     """A .png picture, or .npz with arr_0 (samples) and arr_1 (labels)."""
     device: str = "auto"
@@ -112,11 +118,10 @@ class Sample:
 
     def __call__(self) -> None:
         """Do it."""
-        from cmbook import runs
         from cmbook.noise import PerImage
 
         _check_output(self.n, self.seed, self.out)
-        loaded = runs.load(self.run, _device(self.device))
+        loaded = _load(self.run, _device(self.device), self.average)
         label = _labels(loaded, self.label, self.n, self.device)
         draws = PerImage(range(self.seed, self.seed + self.n))
         samples = loaded.sample(
@@ -138,7 +143,7 @@ class Edit:
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run, or of one of its checkpoints."""
+    """Folder of a run, or of one of its checkpoints; or a student that comes with cmbook."""
     task: Literal["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"]
     """What to do; see below what each needs."""
     image: Path | None = None
@@ -168,11 +173,11 @@ class Edit:
         """Do it."""
         import torch
 
-        from cmbook import pictures, runs
+        from cmbook import pictures
         from cmbook.noise import PerImage, seeded
 
         _check_output(self.n, self.seed, self.out)
-        loaded = runs.load(self.run, _device(self.device))
+        loaded = _load(self.run, _device(self.device))
         label = _labels(loaded, self.label, self.n, self.device)
         each = PerImage(range(self.seed, self.seed + self.n))
         edited = pictures.edit_picture(
@@ -210,12 +215,15 @@ class Export:
     """The new folder."""
     half: bool = False
     """Store weights in half precision, in half the space."""
+    average: float | None = None
+    """Decay of the moving average, if the run has several; by default training.average_decay."""
 
     def __call__(self) -> None:
         """Do it."""
         from cmbook import runs
 
-        runs.export(runs.load(self.run), self.folder, half=self.half)
+        made = runs.load(self.run, average=self.average)
+        runs.export(made, self.folder, half=self.half)
         print(f"the model is in {self.folder}")
 
 
@@ -276,6 +284,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _stop(message: str, code: int = 1) -> NoReturn:
     print(f"\ncmbook: {message}" if code == 130 else f"cmbook: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _load(folder: Path, device: str, average: float | None = None) -> "Run":
+    """A run; or a student that comes with cmbook, in case the user meant a run of their own."""
+    from cmbook import runs
+
+    loaded = runs.load(folder, device, average=average)
+    own = Path("runs") / folder
+    if not folder.exists() and own.exists():
+        print(f"{folder} is the student that comes with cmbook; your run is {own}", file=sys.stderr)
+    return loaded
 
 
 def _check_output(n: int, seed: int, out: Path) -> None:

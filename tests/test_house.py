@@ -16,7 +16,7 @@ FLOORS = {
     1: {"parameterization", "networks"},
     2: {"losses", "samplers", "editing"},
     3: {"data", "training", "checkpoints", "evaluation"},
-    4: {"experiment", "runs", "pictures", "plotting"},
+    4: {"experiment", "runs", "board", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
