@@ -1,8 +1,11 @@
-"""The command line: cmbook demo | train | sample | edit | export | configs."""
+"""The command line: cmbook demo | train | sample | edit | export | configs | notebooks."""
 
 import os
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -246,6 +249,36 @@ class Configs:
             print(f"{name:20} {first}")
 
 
+@dataclass(frozen=True)
+class Notebooks:
+    """Copy the book into a folder: its notebooks, and the small models that they need.
+
+    For example:  cmbook notebooks book && jupyter lab book
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Where to; made if missing."""
+    overwrite: bool = False
+    """Replace notebooks that are already there, and what you have changed in them."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        book = _book()
+        paths = sorted([*book.glob("*.ipynb"), *(book / "weights").rglob("*.*")])
+        copies = {path: self.folder / path.relative_to(book) for path in paths}
+        there = [copy for copy in copies.values() if copy.exists()]
+        if there and not self.overwrite:
+            raise ValueError(
+                f"{there[0]} is already there; --overwrite replaces it, or name another folder"
+            )
+        for path, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        if find_spec("jupyterlab") is None:
+            print("pip install 'cmbook[notebooks]'")
+        print(f"jupyter lab {shlex.quote(str(self.folder))}")
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -253,6 +286,7 @@ Command = (
     | Annotated[Edit, tyro.conf.subcommand("edit")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]
+    | Annotated[Notebooks, tyro.conf.subcommand("notebooks")]
 )
 
 
@@ -295,6 +329,13 @@ def _load(folder: Path, device: str, average: float | None = None) -> "Run":
     if not folder.exists() and own.exists():
         print(f"{folder} is the student that comes with cmbook; your run is {own}", file=sys.stderr)
     return loaded
+
+
+def _book() -> Path:
+    """The notebooks: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).parent
+    inside = package / "book"
+    return inside if inside.is_dir() else package.parent / "notebooks"
 
 
 def _check_output(n: int, seed: int, out: Path) -> None:

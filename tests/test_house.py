@@ -30,7 +30,8 @@ THIRD_PARTY = {
 STANDARD = {
     "ast", "base64", "collections", "contextlib", "copy", "csv", "dataclasses", "difflib",
     "functools", "hashlib", "importlib", "io", "itertools", "json", "math", "os", "pathlib",
-    "platform", "shutil", "signal", "sys", "threading", "time", "tomllib", "types", "typing",
+    "platform", "shlex", "shutil", "signal", "sys", "threading", "time", "tomllib", "types",
+    "typing",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
