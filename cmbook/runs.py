@@ -596,7 +596,7 @@ class _Log:
 
     def __init__(self, path: Path, step: int | None) -> None:
         self.path = path
-        self.means: list[torch.Tensor] = []
+        self.since: list[tuple[torch.Tensor, torch.Tensor]] = []
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         head, *rows = [*csv.reader(text.splitlines())] or [_HEAD]
         rows = [row for row in rows if _is_whole(row, len(head))]
@@ -607,12 +607,12 @@ class _Log:
         self.started = time.perf_counter() - self.seconds
 
     def add(self, step: Step) -> None:
-        self.means.append(torch.stack([step.loss.value, step.gradient_norm]))
+        self.since.append((step.loss.value, step.gradient_norm))
 
     def write(self, step: Step, images: int) -> dict[str, float]:
         """A row after this step, and its numbers by their names, the step aside."""
-        loss, norm = torch.stack(self.means).mean(0).tolist()
-        self.means.clear()
+        loss, norm = (float(torch.stack(each).mean()) for each in zip(*self.since, strict=True))
+        self.since.clear()
         self.seconds = time.perf_counter() - self.started
         rate, cells = step.learning_rate, f"{loss:.8g},{self.seconds:.3f},{norm:.6g}"
         with self.path.open("a", encoding="utf-8") as file:
