@@ -1,8 +1,11 @@
-"""The command line: cmbook demo | train | sample | edit | export | data | configs."""
+"""The command line: cmbook demo | train | sample | edit | export | data | configs | notebooks."""
 
 import os
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -63,6 +66,8 @@ class Train:
     """Replace the run in that folder."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+    tensorboard: bool = False
+    """Also write what TensorBoard shows: the log as curves, samples at every save."""
 
     def __call__(self) -> None:
         """Do it."""
@@ -78,6 +83,7 @@ class Train:
                 resume=self.resume,
                 overwrite=self.overwrite,
                 device=_device(self.device),
+                tensorboard=self.tensorboard,
             )
         except runs.Interrupted as stop:
             raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
@@ -88,13 +94,14 @@ class Train:
 class Sample:
     """Draw samples from a run, as a picture or as numbers.
 
-    For example:  cmbook sample runs/digits/cd --n 100 --label 7 --out sevens.png
+    For example:  cmbook sample digits/cd
+                  cmbook sample runs/digits/cd --n 100 --label 7 --out sevens.png
 
     An image depends on its seed alone, not on how many are drawn with it.
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run, or of one of its checkpoints."""
+    """Folder of a run, or of one of its checkpoints; or a student that comes with cmbook."""
     n: int = 100
     """How many."""
     steps: int | None = None
@@ -105,6 +112,8 @@ class Sample:
     """Of a diffusion model that was trained with label_dropout: w, 1 being none."""
     seed: int = 0
     """Of the first sample; the next has seed + 1."""
+    average: float | None = None
+    """Decay of the moving average, if the run has several; by default training.average_decay."""
     out: Path = Path("samples.png")
     """A .png picture, or .npz with arr_0 (samples) and arr_1 (labels)."""
     device: str = "auto"
@@ -112,11 +121,10 @@ class Sample:
 
     def __call__(self) -> None:
         """Do it."""
-        from cmbook import runs
         from cmbook.noise import PerImage
 
         _check_output(self.n, self.seed, self.out)
-        loaded = runs.load(self.run, _device(self.device))
+        loaded = _load(self.run, _device(self.device), self.average)
         label = _labels(loaded, self.label, self.n, self.device)
         draws = PerImage(range(self.seed, self.seed + self.n))
         samples = loaded.sample(
@@ -138,7 +146,7 @@ class Edit:
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run, or of one of its checkpoints."""
+    """Folder of a run, or of one of its checkpoints; or a student that comes with cmbook."""
     task: Literal["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"]
     """What to do; see below what each needs."""
     image: Path | None = None
@@ -168,11 +176,11 @@ class Edit:
         """Do it."""
         import torch
 
-        from cmbook import pictures, runs
+        from cmbook import pictures
         from cmbook.noise import PerImage, seeded
 
         _check_output(self.n, self.seed, self.out)
-        loaded = runs.load(self.run, _device(self.device))
+        loaded = _load(self.run, _device(self.device))
         label = _labels(loaded, self.label, self.n, self.device)
         each = PerImage(range(self.seed, self.seed + self.n))
         edited = pictures.edit_picture(
@@ -210,12 +218,15 @@ class Export:
     """The new folder."""
     half: bool = False
     """Store weights in half precision, in half the space."""
+    average: float | None = None
+    """Decay of the moving average, if the run has several; by default training.average_decay."""
 
     def __call__(self) -> None:
         """Do it."""
         from cmbook import runs
 
-        runs.export(runs.load(self.run), self.folder, half=self.half)
+        made = runs.load(self.run, average=self.average)
+        runs.export(made, self.folder, half=self.half)
         print(f"the model is in {self.folder}")
 
 
@@ -331,6 +342,36 @@ class Configs:
             print(f"{name:20} {first}")
 
 
+@dataclass(frozen=True)
+class Notebooks:
+    """Copy the book into a folder: its notebooks, and the small models that they need.
+
+    For example:  cmbook notebooks book && jupyter lab book
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Where to; made if missing."""
+    overwrite: bool = False
+    """Replace notebooks that are already there, and what you have changed in them."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        book = _book()
+        paths = sorted([*book.glob("*.ipynb"), *(book / "weights").rglob("*.*")])
+        copies = {path: self.folder / path.relative_to(book) for path in paths}
+        there = [copy for copy in copies.values() if copy.exists()]
+        if there and not self.overwrite:
+            raise ValueError(
+                f"{there[0]} is already there; --overwrite replaces it, or name another folder"
+            )
+        for path, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        if find_spec("jupyterlab") is None:
+            print("pip install 'cmbook[notebooks]'")
+        print(f"jupyter lab {shlex.quote(str(self.folder))}")
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -339,6 +380,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]
+    | Annotated[Notebooks, tyro.conf.subcommand("notebooks")]
 )
 
 
@@ -370,6 +412,24 @@ def main(arguments: list[str] | None = None) -> None:
 def _stop(message: str, code: int = 1) -> NoReturn:
     print(f"\ncmbook: {message}" if code == 130 else f"cmbook: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _load(folder: Path, device: str, average: float | None = None) -> "Run":
+    """A run; or a student that comes with cmbook, in case the user meant a run of their own."""
+    from cmbook import runs
+
+    loaded = runs.load(folder, device, average=average)
+    own = Path("runs") / folder
+    if not folder.exists() and own.exists():
+        print(f"{folder} is the student that comes with cmbook; your run is {own}", file=sys.stderr)
+    return loaded
+
+
+def _book() -> Path:
+    """The notebooks: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).parent
+    inside = package / "book"
+    return inside if inside.is_dir() else package.parent / "notebooks"
 
 
 def _check_output(n: int, seed: int, out: Path) -> None:

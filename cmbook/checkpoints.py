@@ -2,6 +2,7 @@
 
     step-00001000/
         average.safetensors     the moving average: sample from this
+        average-0.99.safetensors   further averages, by their decays
         student.safetensors     the weights that learn
         target.safetensors      θ⁻, where the method has one
         state.pt                the optimizer and the step
@@ -55,10 +56,8 @@ def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
         shutil.rmtree(rest)
     unfinished = folder / f".unfinished-{path.name}"
     unfinished.mkdir(parents=True)
-    models = {"average": state.average, "student": state.student, "target": state.target}
-    for name, model in models.items():
-        if model is not None:
-            save_file(_weights(model), unfinished / f"{name}.safetensors")
+    for name, model in _models(state).items():
+        save_file(_weights(model), unfinished / f"{name}.safetensors")
     torch.save(
         {"step": state.step, "optimizer": state.optimizer.state_dict()}, unfinished / "state.pt"
     )
@@ -133,7 +132,7 @@ def verify(path: Path) -> None:
 
 
 def read_weights(path: Path, name: str) -> Weights:
-    """The tensors of `average`, `student` or `target`, of a verified checkpoint.
+    """The tensors of `average`, `average-0.99`, `student` or `target`, of a verified checkpoint.
 
     Raises:
         ValueError: If the checkpoint holds no such weights, or they cannot be read.
@@ -158,10 +157,8 @@ def restore(path: Path, state: State) -> None:
     Source: ours.
     """
     verify(path)
-    models = {"average": state.average, "student": state.student, "target": state.target}
-    for name, model in models.items():
-        if model is not None:
-            fill(model, read_weights(path, name), path)
+    for name, model in _models(state).items():
+        fill(model, read_weights(path, name), path)
     try:
         saved: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(saved["optimizer"])
@@ -198,6 +195,13 @@ def _seal(unfinished: Path, path: Path) -> None:
     _flush(unfinished)
     unfinished.rename(path)
     _flush(path.parent)
+
+
+def _models(state: State) -> dict[str, nn.Module]:
+    """Everything with weights in a state, by the names of their files."""
+    further = {f"average-{decay}": average for decay, average in state.averages.items()}
+    target = {} if state.target is None else {"target": state.target}
+    return {"average": state.average, "student": state.student, **target, **further}
 
 
 def _weights(model: nn.Module) -> Weights:

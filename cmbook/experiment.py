@@ -26,7 +26,14 @@ from cmbook.ode import Solver
 from cmbook.parameterization import AnyScalings, ConsistencyScalings
 from cmbook.protocols import Distance, Objective
 from cmbook.schedules import check_decreasing
-from cmbook.training import AnyOptimizer, LearningRate, Precision, RAdam
+from cmbook.training import (
+    AnyOptimizer,
+    LearningRate,
+    Precision,
+    RAdam,
+    check_averages,
+    check_gradients,
+)
 
 T = TypeVar("T")
 KINDS: dict[Any, Any] = {Distance: AnyDistance, Objective: AnyObjective}  # open type -> known kinds
@@ -43,6 +50,9 @@ class Training:
         warmup: Steps of linear warm-up.
         decay: What follows it: nothing, or a half cosine down to 0.
         average_decay: Of the moving average for sampling.
+        also_average: Decays of further averages, chosen by `cmbook sample --average`.
+        accumulation: Equal shards of a batch, evaluated one after the other, where memory is short.
+        clip: The largest norm of the gradient; left out, it is not clipped.
         precision: Of the networks' arithmetic.
         save_every: Steps between checkpoints.
 
@@ -55,6 +65,9 @@ class Training:
     warmup: int = 0
     decay: Literal["none", "cosine"] = "none"
     average_decay: float = 0.9999
+    also_average: tuple[float, ...] = ()
+    accumulation: int = 1
+    clip: float | None = None
     precision: Precision = "float32"
     save_every: int = 1000
 
@@ -64,8 +77,13 @@ class Training:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be at least 0; got {self.warmup}")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay must lie in [0, 1); got {self.average_decay}")
+        check_averages(self.average_decay, self.also_average)
+        check_gradients(self.accumulation, self.clip)
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be divisible by accumulation = {self.accumulation}, so that its "
+                f"shards are equal; got {self.batch_size}"
+            )
         if not 0 < self.optimizer.lr < math.inf:
             raise ValueError(f"optimizer.lr must be positive; got {self.optimizer.lr}")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -4,8 +4,9 @@ This stands on floor 4, not 3: it reads recipes, and `experiment` lives here.
 
     runs/digits/cd/
         experiment.toml     the recipe, and a record of seed, versions, threads and data
-        log.csv             step, loss, seconds
+        log.csv             loss, seconds, gradient norm, learning rate and images, by steps
         checkpoints/        the last two
+        tensorboard/        if asked for: the log as curves, and samples at every save
 """
 
 import csv
@@ -17,8 +18,9 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,21 @@ from torch import nn
 
 import cmbook
 from cmbook import checkpoints, experiment
+from cmbook.board import Board, summary_writer
 from cmbook.data import Data, fingerprint
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import Network
-from cmbook.noise import seeded
+from cmbook.noise import PerImage, seeded
 from cmbook.parameterization import ConsistencyScalings, Preconditioned
 from cmbook.protocols import Batch, Denoiser, Generator, Labels, Samples
 from cmbook.samplers import multistep, ode_sample, prior, progressive
 from cmbook.training import State, Step, distilled, train
 
 LOG_EVERY = 50
+_STUDENTS = Path(str(files("cmbook") / "students"))
+SHOWN = 64  # images on TensorBoard
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,6 +62,7 @@ class Run:
         model: The moving average, in eval mode.
         step: Steps taken.
         seconds: Seconds of training.
+        average: The decay of that moving average.
     """
 
     folder: Path
@@ -65,6 +71,7 @@ class Run:
     model: Preconditioned = field(repr=False)
     step: int
     seconds: float
+    average: float
 
     @property
     def finished(self) -> bool:
@@ -128,6 +135,7 @@ def run(
     overwrite: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    tensorboard: bool = False,
 ) -> Run:
     """Carry out a recipe in a folder.
 
@@ -142,21 +150,25 @@ def run(
         overwrite: Replace a run that is already there.
         device: Where to train.
         progress: Show a bar with loss and steps per second.
+        tensorboard: Also write the log and, of images, samples as `tensorboard` shows them.
 
     Returns:
         The finished run.
 
     Raises:
         ValueError: If the folder holds a run and neither `resume` nor `overwrite` is given, the
-            recipe to resume is another, or the teacher is missing.
+            recipe to resume is another, the teacher is missing, or TensorBoard is asked for
+            and not installed.
         Interrupted: After Ctrl-C, once a checkpoint is on disk.
 
     Source: ours.
     """
+    if tensorboard:
+        summary_writer()  # refuse before anything is made
     done = None
     for part, where in rounds(recipe, Path(folder)):
         again = resume and (done is None or (where / "experiment.toml").is_file())
-        done = _carry_out(part, where, again, overwrite, device, progress)
+        done = _carry_out(part, where, again, overwrite, device, progress, tensorboard)
     assert done is not None  # there is at least one round
     return done
 
@@ -177,75 +189,127 @@ def rounds(recipe: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
 
 
 def _carry_out(
-    recipe: Experiment, folder: Path, resume: bool, overwrite: bool, device: str, progress: bool
+    recipe: Experiment,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    device: str,
+    progress: bool,
+    tensorboard: bool,
 ) -> Run:
     """One run."""
     recipe = complete(recipe)
     data = recipe.data.build()
     teacher = _teacher(recipe, data)
     student = _student(recipe, data, teacher).to(device)
-    state = State.begin(student, recipe.training.optimizer.build(student), recipe.objective)
+    knobs = recipe.training
+    optimizer = knobs.optimizer.build(student)
+    state = State.begin(student, optimizer, recipe.objective, knobs.also_average)
     saved, inputs = folder / "checkpoints", _inputs(data, teacher)
     _claim(folder, recipe, inputs, resume, overwrite)
     if resume and checkpoints.checkpoints(saved):
         checkpoints.restore(checkpoints.checkpoints(saved)[-1], state)
-    if state.step == recipe.training.steps:  # nothing is left to do, nor to record
+    if state.step == knobs.steps:  # nothing is left to do, nor to record
         return load(folder, device)
     text = _record(folder, recipe, data, inputs, device)
     if teacher is not None:
         teacher.to(device)
 
-    batches = data.batches(recipe.training.batch_size, recipe.seed, start=state.step)
-    knobs = recipe.training
+    batches = data.batches(knobs.batch_size, recipe.seed, start=state.step)
     steps = train(
         student,
         (_moved(batch, device) for batch in batches),
         recipe.objective,
         steps=knobs.steps,
-        optimizer=state.optimizer,
+        optimizer=optimizer,
         teacher=_guided(teacher, recipe.guidance),
         average_decay=knobs.average_decay,
+        also_average=knobs.also_average,
         learning_rate=knobs.learning_rate,
+        accumulation=knobs.accumulation,
+        clip=knobs.clip,
         precision=knobs.precision,
         seed=recipe.seed,
         state=state,
     )
-    _follow(steps, state, recipe, folder, text, progress)
+    shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
+    with shown as board:
+        _follow(steps, state, recipe, folder, text, progress, board)
     return load(folder, device)
 
 
 def _follow(
-    steps: Iterator[Step], state: State, recipe: Experiment, folder: Path, text: str, progress: bool
+    steps: Iterator[Step],
+    state: State,
+    recipe: Experiment,
+    folder: Path,
+    text: str,
+    progress: bool,
+    board: Board | None,
 ) -> None:
     """Take the steps; log, save, show a bar, and stop after a step if the user asks."""
     log, knobs = _Log(folder / "log.csv", state.step), recipe.training
     with _bar(recipe, folder, state.step, progress) as bar, _patient_ctrl_c() as stopped:
         for step in steps:
-            log.add(step.loss.value)
+            log.add(step)
             last, stop = state.step == knobs.steps, stopped.is_set()
             save = state.step % knobs.save_every == 0 or last or stop
             if state.step % LOG_EVERY == 0 or save:
-                loss = log.write(state.step)
-                bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
-                _check_finite(loss, state.student, state.step, folder)
+                row = log.write(step, state.step * knobs.batch_size)
+                bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
+                _check_finite(row["loss"], state.student, state.step, folder)
+                if board is not None:
+                    board.scalars(state.step, row)
             bar.update()
             if save:
                 checkpoints.save(folder / "checkpoints", state, text)
+                if board is not None:
+                    _show(board, state, recipe, folder, text)
             if stop and not last:
                 taken = f"step {state.step} of {knobs.steps}"
                 raise Interrupted(f"stopped after {taken}; the checkpoint is in {folder}")
 
 
-def load(folder: Path | str, device: str = "cpu") -> Run:
+def _show(board: Board, state: State, recipe: Experiment, folder: Path, text: str) -> None:
+    """Samples of the average as it is now, from the same noise every time."""
+    record = tomllib.loads(text)["record"]
+    if len(record["shape"]) != 3:
+        return
+    decay = recipe.training.average_decay
+    made = Run(folder, recipe, record, state.average, state.step, 0.0, decay)
+    device, classes = next(state.average.parameters()).device, record["classes"]
+    label = torch.arange(SHOWN, device=device) % classes if classes else None
+    board.samples(state.step, made.sample(SHOWN, label, generator=PerImage(range(SHOWN))))
+
+
+def students() -> list[str]:
+    """The names of the models that come with cmbook, such as `digits/cd`; `load` takes them.
+
+    Source: ours.
+    """
+    paths = _STUDENTS.rglob("manifest.json")
+    return sorted(path.parent.relative_to(_STUDENTS).as_posix() for path in paths)
+
+
+def load(folder: Path | str, device: str = "cpu", *, average: float | None = None) -> Run:
     """Load the last checkpoint of a run, the checkpoint at this very path, or an exported model.
 
+    Args:
+        folder: Where it lies. Where nothing is, the name of a model that comes with cmbook, such
+            as `digits/cd`.
+        device: Where to put the model.
+        average: The decay of the moving average to take, if the run has several
+            (`training.also_average`); by default `training.average_decay`.
+
     Raises:
-        ValueError: If there is no run, naming the command that makes it, or its checkpoint is
-            damaged.
+        ValueError: If there is no run, naming the command that makes it, its checkpoint is
+            damaged, or it has no such average.
 
     Source: ours.
     """
     folder = Path(folder)
+    if not folder.exists() and folder.as_posix() in students():
+        folder = _STUDENTS / folder
     if (folder / "manifest.json").is_file():
         path, folder = folder, folder.resolve().parent.parent
     else:
@@ -267,14 +331,29 @@ def load(folder: Path | str, device: str = "cpu") -> Run:
     shape, classes = tuple(record["shape"]), record["classes"] or None
     net = _initialized(recipe.network, shape, classes, recipe.seed)
     model = Preconditioned(net, recipe.scalings)
-    checkpoints.fill(model, checkpoints.read_weights(path, "average"), path)
+    average, name = _average(folder, recipe, average)
+    checkpoints.fill(model, checkpoints.read_weights(path, name), path)
     model.eval().requires_grad_(False).to(device)
     seconds = _Log(folder / "log.csv", None).seconds
-    return Run(folder, recipe, record, model, int(step), seconds)
+    return Run(folder, recipe, record, model, int(step), seconds, average)
+
+
+def _average(folder: Path, recipe: Experiment, wanted: float | None) -> tuple[float, str]:
+    """The decay of the average to take, and the name of its weights."""
+    first, further = recipe.training.average_decay, recipe.training.also_average
+    if wanted is None or wanted == first:
+        return first, "average"
+    if wanted not in further:
+        there = ", ".join(str(decay) for decay in (first, *further))
+        raise ValueError(f"{folder} has averages of decay {there}; got {wanted}")
+    return wanted, f"average-{wanted}"
 
 
 def export(made: Run, folder: Path, *, half: bool = False) -> Path:
     """Write the model of a run alone: weights, recipe and record, to share or to keep.
+
+    Of several averages it is the one that was loaded, and the recipe is that of a run with this
+    average alone.
 
     `load` reads the folder like a run, and so do `cmbook sample` and `cmbook edit`. It cannot be
     resumed.
@@ -290,7 +369,9 @@ def export(made: Run, folder: Path, *, half: bool = False) -> Path:
     Source: ours.
     """
     record = made.record | {"step": made.step}
-    text = f"{experiment.dumps(made.recipe)}\n{tomli_w.dumps({'record': record})}"
+    training = replace(made.recipe.training, average_decay=made.average, also_average=())
+    recipe = experiment.dumps(replace(made.recipe, training=training))
+    text = f"{recipe}\n{tomli_w.dumps({'record': record})}"
     checkpoints.share(Path(folder), made.model, text, half=half)
     return Path(folder)
 
@@ -390,7 +471,7 @@ def _claim(
     elif overwrite:
         if saved.exists() and not there.exists():
             raise ValueError(f"{saved} is no run of cmbook; --out names another folder")
-        for path in (saved, folder / "log.csv", there):
+        for path in (saved, folder / "tensorboard", folder / "log.csv", there):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif there.exists() or saved.exists():
         raise ValueError(
@@ -511,37 +592,41 @@ def _check_finite(loss: float, student: nn.Module, step: int, folder: Path) -> N
 
 
 class _Log:
-    """log.csv: the mean loss since the last row, and the seconds of training so far."""
+    """log.csv: loss and gradient norm are means since the last row, seconds those of training."""
 
     def __init__(self, path: Path, step: int | None) -> None:
         self.path = path
-        self.losses: list[torch.Tensor] = []
+        self.since: list[tuple[torch.Tensor, torch.Tensor]] = []
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        rows = [row for row in csv.reader(text.splitlines()[1:]) if _is_whole(row)]
+        head, *rows = [*csv.reader(text.splitlines())] or [_HEAD]
+        rows = [row for row in rows if _is_whole(row, len(head))]
         if step is not None:  # what came after the checkpoint is written again
-            rows = [row for row in rows if int(row[0]) <= step]
+            rows = [row + [""] * (len(_HEAD) - len(row)) for row in rows if int(row[0]) <= step]
             path.write_text("".join(f"{','.join(r)}\n" for r in [_HEAD, *rows]), encoding="utf-8")
         self.seconds = float(rows[-1][2]) if rows else 0.0
         self.started = time.perf_counter() - self.seconds
 
-    def add(self, loss: torch.Tensor) -> None:
-        self.losses.append(loss)
+    def add(self, step: Step) -> None:
+        self.since.append((step.loss.value, step.gradient_norm))
 
-    def write(self, step: int) -> float:
-        loss = float(torch.stack(self.losses).mean())
-        self.losses.clear()
+    def write(self, step: Step, images: int) -> dict[str, float]:
+        """A row after this step, and its numbers by their names, the step aside."""
+        loss, norm = (float(torch.stack(each).mean()) for each in zip(*self.since, strict=True))
+        self.since.clear()
         self.seconds = time.perf_counter() - self.started
+        rate, cells = step.learning_rate, f"{loss:.8g},{self.seconds:.3f},{norm:.6g}"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{step},{loss:.8g},{self.seconds:.3f}\n")
-        return loss
+            file.write(f"{step.state.step},{cells},{rate:.6g},{images}\n")
+        return dict(zip(_HEAD[1:], (loss, self.seconds, norm, rate, images), strict=True))
 
 
-_HEAD = ["step", "loss", "seconds"]
+_HEAD = ["step", "loss", "seconds", "gradient_norm", "learning_rate", "images"]
 
 
-def _is_whole(row: list[str]) -> bool:
-    """Whether a row of log.csv is one: a kill may have cut it."""
-    return len(row) == 3 and row[0].isdecimal() and row[2].replace(".", "", 1).isdecimal()
+def _is_whole(row: list[str], width: int) -> bool:
+    """Whether a row of log.csv is one: a kill may have cut it, and older logs have 3 columns."""
+    fits = len(row) == width in (3, len(_HEAD))
+    return fits and row[0].isdecimal() and row[2].replace(".", "", 1).isdecimal()
 
 
 def _bar(recipe: Experiment, folder: Path, done: int, progress: bool) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmbook.noise import NoiseRange, seeded
 from cmbook.parameterization import Preconditioned, Scalings
@@ -40,6 +40,7 @@ class State:
         average: The moving average for sampling.
         optimizer: Of the student's parameters.
         step: The number of steps taken.
+        averages: Further moving averages for sampling, by their decays.
     """
 
     student: Preconditioned
@@ -47,24 +48,40 @@ class State:
     average: Preconditioned
     target: Preconditioned | None = None
     step: int = 0
+    averages: dict[float, Preconditioned] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, student: Preconditioned, optimizer: torch.optim.Optimizer, objective: Objective
+        cls,
+        student: Preconditioned,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        also_average: tuple[float, ...] = (),
     ) -> "State":
-        """Before the first step: target and average are copies of the student."""
+        """Before the first step: target and averages are copies of the student."""
         follows = objective.target_decay(Clock(0, 1)) > 0
         target = frozen_copy(student).train() if follows else None
-        return cls(student, optimizer, frozen_copy(student).eval(), target)
+        averages = {decay: frozen_copy(student).eval() for decay in also_average}
+        return cls(student, optimizer, frozen_copy(student).eval(), target, averages=averages)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What `train` yields after each step; valid until the next."""
+    """What `train` yields after each step; valid until the next.
+
+    Attributes:
+        clock: Which step it was.
+        loss: Of its batch.
+        state: After it.
+        gradient_norm: Of all parameters together, before clipping.
+        learning_rate: That it was taken with.
+    """
 
     clock: Clock
     loss: Loss
     state: State = field(repr=False)
+    gradient_norm: Tensor
+    learning_rate: float
 
     @property
     def average(self) -> Preconditioned:
@@ -81,7 +98,10 @@ def train(
     optimizer: torch.optim.Optimizer,
     teacher: Denoiser | None = None,
     average_decay: float = 0.9999,
+    also_average: tuple[float, ...] = (),
     learning_rate: "LearningRate | None" = None,
+    accumulation: int = 1,
+    clip: float | None = None,
     precision: Precision = "float32",
     seed: int = 0,
     state: State | None = None,
@@ -100,7 +120,12 @@ def train(
         optimizer: Of the student's parameters.
         teacher: A frozen diffusion model, for objectives that distill.
         average_decay: Of the moving average for sampling.
+        also_average: Decays of further averages, kept in `state.averages`.
         learning_rate: As a function of the clock; `None` leaves the optimizer's alone.
+        accumulation: Equal shards of a batch, evaluated one after the other: a batch that is too
+            large for the memory becomes several that are not. Shard s of step k draws from a
+            generator of its own, a function of (seed, k, s).
+        clip: The largest norm of the gradient; a longer one is shortened to it.
         precision: `"bfloat16"` puts autocast around the whole objective, so that student and
             target see the same rounding.
         seed: Of the noise.
@@ -110,39 +135,51 @@ def train(
         A `Step` after each optimization step.
 
     Raises:
-        ValueError: If two noise ranges disagree, `steps` is not positive, the decay is not in
-            [0, 1), or the batches end.
+        ValueError: If two noise ranges disagree, `steps` or another knob is out of range, a batch
+            cannot be cut into equal shards, or the batches end.
 
     Source: Song et al. (2023), Algorithms 2 and 3: the loop around the loss.
     """
-    _check(student, objective, steps, average_decay, precision)
-    state = state or State.begin(student, optimizer, objective)
+    _check(student, objective, steps, precision)
+    check_averages(average_decay, also_average)
+    check_gradients(accumulation, clip)
+    state = state or State.begin(student, optimizer, objective, also_average)
     if state.student is not student or state.optimizer is not optimizer:
         raise ValueError("the state to go on from belongs to another student or optimizer")
+    if tuple(state.averages) != also_average:
+        raise ValueError(
+            f"the state to go on from has further averages {tuple(state.averages)}; "
+            f"also_average asks for {also_average}"
+        )
     device = next(student.parameters()).device
     target = frozen_view(student) if state.target is None else state.target
+    models = Models(student, target, teacher)
     student.train()
     while state.step < steps:
         clock = Clock(state.step, steps)
         if learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(clock)
-        generator = seeded(seed, "step", clock.step, device=device)
         batch = next(batches, None)
         if batch is None:
             raise ValueError(f"the batches ended before step {clock.step}; they must never end")
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = objective(
-                Models(student, target, teacher), batch, clock=clock, generator=generator
-            )
         optimizer.zero_grad()
-        loss.value.backward()
+        losses = []
+        for keys, shard in _shards(batch, accumulation):
+            generator = seeded(seed, "step", clock.step, *keys, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = objective(models, shard, clock=clock, generator=generator)
+            (loss.value / accumulation).backward()
+            losses.append(loss.detach())
+        norm = _clipped(student, clip)
         optimizer.step()
         if state.target is not None:
             blend(state.target, student, objective.target_decay(clock))  # θ⁻ ← μ θ⁻ + (1 - μ) θ
         blend(state.average, student, average_decay)
+        for decay, average in state.averages.items():
+            blend(average, student, decay)
         state.step += 1
-        yield Step(clock, loss.detach(), state)
+        yield Step(clock, _joined(losses), state, norm, optimizer.param_groups[0]["lr"])
 
 
 @torch.no_grad()
@@ -233,6 +270,8 @@ class Adam:
 class RAdam:
     """Rectified Adam: needs no warm-up; the optimizer of all the paper's consistency models.
 
+    PyTorch has no fused kernel for it.
+
     Source: Liu et al. (2020); Song et al. (2023), App. C.
     """
 
@@ -247,9 +286,29 @@ class RAdam:
 AnyOptimizer = Adam | RAdam
 
 
-def _check(
-    student: Preconditioned, objective: Any, steps: int, average_decay: float, precision: str
-) -> None:
+def check_averages(average_decay: float, also_average: tuple[float, ...]) -> None:
+    """Refuse decays outside [0, 1), and one that is there twice."""
+    decays = (average_decay, *also_average)
+    for i, decay in enumerate(decays):
+        if not 0 <= decay < 1:
+            name = "also_average" if i else "average_decay"
+            raise ValueError(f"{name} must lie in [0, 1); got {decay}")
+    if len(set(decays)) < len(decays):
+        raise ValueError(
+            f"also_average names decays other than average_decay = {average_decay}, each once; "
+            f"got {also_average}"
+        )
+
+
+def check_gradients(accumulation: int, clip: float | None) -> None:
+    """Refuse what would leave no gradient."""
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1; got {accumulation}")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip must be positive, or left out; got {clip}")
+
+
+def _check(student: Preconditioned, objective: Any, steps: int, precision: str) -> None:
     ranges: list[NoiseRange] = [student.scalings.noise_range]
     ranges += [objective.noise_range] if hasattr(objective, "noise_range") else []
     if len(set(ranges)) > 1:
@@ -259,6 +318,34 @@ def _check(
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
-    if not 0 <= average_decay < 1:
-        raise ValueError(f"average_decay must lie in [0, 1); got {average_decay}")
     check_choice("precision", precision, get_args(Precision))
+
+
+def _shards(batch: Batch, n: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
+    """The parts of a batch, and what each adds to the keys of its generator: alone, nothing."""
+    if len(batch.x) % n:
+        raise ValueError(
+            f"a batch of {len(batch.x)} cannot be cut into {n} equal shards; choose a batch size "
+            f"that accumulation = {n} divides"
+        )
+    labels = [None] * n if batch.label is None else batch.label.chunk(n)
+    for s, (x, label) in enumerate(zip(batch.x.chunk(n), labels, strict=True)):
+        yield () if n == 1 else (s,), Batch(x, label)
+
+
+def _joined(losses: list[Loss]) -> Loss:
+    """The loss of the whole batch, from those of its shards."""
+    if len(losses) == 1:
+        return losses[0]
+    per_sample, sigma = (
+        torch.cat([getattr(x, n) for x in losses]) for n in ("per_sample", "sigma")
+    )
+    return Loss(torch.stack([x.value for x in losses]).mean(), per_sample, sigma)
+
+
+def _clipped(student: nn.Module, clip: float | None) -> Tensor:
+    """The norm of the gradient, which is then shortened to `clip`."""
+    norm = nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(student.parameters(), clip, norm)
+    return norm

@@ -19,7 +19,7 @@ FILES = [
 ]  # fmt: skip
 
 
-def state_of(step, seed=0, target=True, optimizer=Adam, width=8):
+def state_of(step, seed=0, target=True, optimizer=Adam, width=8, averages=()):
     """A state whose every number depends on the seed and the step."""
     with torch.random.fork_rng():
         torch.manual_seed(1000 * seed + step)
@@ -31,7 +31,8 @@ def state_of(step, seed=0, target=True, optimizer=Adam, width=8):
         parameter.grad = parameter.detach() ** 2
     built.step()
     average, second = (frozen_copy(model) for model in others)
-    return State(student, built, average, second if target else None, step)
+    further = {decay: frozen_copy(average) for decay in averages}
+    return State(student, built, average, second if target else None, step, further)
 
 
 def bits(value):
@@ -228,3 +229,17 @@ def test_a_checkpoint_of_a_method_without_target_cannot_resume_one_with(tmp_path
     path = checkpoints.save(tmp_path, state_of(1, target=False), "")
     with pytest.raises(ValueError, match="holds no target weights"):
         checkpoints.restore(path, state_of(0))
+
+
+def test_further_averages_are_saved_and_restored_by_their_decays(tmp_path):
+    before, after = (state_of(7, seed, averages=(0.99, 1e-5)) for seed in (0, 1))
+    path = checkpoints.save(tmp_path, before, "")
+    names = {"average-0.99.safetensors", "average-1e-05.safetensors"}
+    assert names == {*os.listdir(path)} - {*FILES}
+    checkpoints.restore(path, after)
+    assert bits(after) == bits(before)
+
+
+def test_a_checkpoint_without_an_average_cannot_resume_a_run_with_it(saved):
+    with pytest.raises(ValueError, match=r"holds no average-0\.9 weights"):
+        checkpoints.restore(saved, state_of(0, averages=(0.9,)))

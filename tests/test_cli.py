@@ -15,6 +15,7 @@ import cmbook
 from cmbook.__main__ import main
 from cmbook.checkpoints import checkpoints
 from cmbook.experiment import recipe_text, recipes
+from cmbook.runs import students
 
 RING = """# A small ring.
 data = { kind = "Toy" }
@@ -120,7 +121,8 @@ def test_samples_are_drawn_as_a_picture(runs, name):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["train"], ["sample"], ["edit"], ["export"], ["configs"]]
+    "command",
+    [[], ["demo"], ["train"], ["sample"], ["edit"], ["export"], ["configs"], ["notebooks"]],
 )
 def test_every_command_has_help_without_words_of_programmers(capsys, command):
     with pytest.raises(SystemExit) as stop:
@@ -134,6 +136,71 @@ def test_a_wrong_usage_ends_with_code_2(arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+
+
+def test_one_of_several_averages_can_be_sampled_and_exported():
+    main(["train", "ring.toml", "training.also_average=[0.0]"])
+    for average in ("0.9999", "0.0"):
+        main(["sample", "runs/ring", "--average", average, "--out", f"{average}.npz"])
+    main(["export", "runs/ring", "alone", "--average", "0.0"])
+    main(["sample", "alone", "--out", "alone.npz"])
+    drawn = [np.load(f"{name}.npz")["arr_0"] for name in ("0.9999", "0.0", "alone")]
+    assert not np.allclose(drawn[0], drawn[1])
+    assert np.array_equal(drawn[1], drawn[2])
+
+
+def test_a_training_can_be_followed_on_tensorboard():
+    pytest.importorskip("tensorboard")
+    main(["train", "ring.toml", "--tensorboard"])
+    assert list(Path("runs/ring/tensorboard").glob("events.*"))
+
+
+# what comes with it
+
+
+@pytest.mark.parametrize("name", students())
+def test_a_student_of_the_package_draws_at_once(capsys, name):
+    main(["sample", name, "--n", "4", "--steps", "2", "--out", "a.png"])
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_the_user_comes_before_a_student_of_the_package(runs):
+    Path("digits").mkdir()
+    main(["export", str(runs / "ring"), "digits/cd"])
+    main(["sample", "digits/cd", "--n", "5", "--out", "a.npz"])
+    with np.load("a.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 2)
+
+
+def test_who_may_have_meant_their_own_run_is_told_where_it_is(capsys):
+    Path("runs/digits/cd").mkdir(parents=True)
+    main(["sample", "digits/cd", "--n", "2", "--out", "a.npz"])
+    told = "digits/cd is the student that comes with cmbook; your run is runs/digits/cd\n"
+    assert capsys.readouterr().err == told
+
+
+def test_the_book_is_copied_whole(capsys):
+    main(["notebooks", "my book"])
+    assert capsys.readouterr().out.splitlines()[-1] == "jupyter lab 'my book'"
+    source = Path(cmbook.__file__).parents[1] / "notebooks"
+    for path in [*source.glob("*.ipynb"), *source.glob("weights/*/*")]:
+        copy = Path("my book", path.relative_to(source))
+        assert copy.read_bytes() == path.read_bytes()
+
+
+def test_what_a_reader_wrote_in_a_notebook_is_not_lost(capsys):
+    main(["notebooks", "book"])
+    mine = next(Path("book").glob("07_*.ipynb"))
+    whole = mine.read_bytes()
+    for other in Path("book").glob("0*.ipynb"):
+        other.write_text("mine") if other == mine else other.unlink()
+    with pytest.raises(SystemExit):
+        main(["notebooks", "book"])
+    assert f"{mine} is already there; --overwrite replaces it" in capsys.readouterr().err
+    assert (mine.read_text(), len([*Path("book").glob("*.ipynb")])) == ("mine", 1)
+    main(["notebooks", "book", "--overwrite"])
+    assert mine.read_bytes() == whole
 
 
 # what it refuses, in one sentence
@@ -163,6 +230,11 @@ REFUSED = {
     "nothing to resume": (["train", "ring.toml", "--resume"], "leave out --resume"),
     "no such device": (["train", "ring.toml", "--device", "gpu"], "no device 'gpu' here"),
     "device without numbers": (["train", "ring.toml", "--device", "meta"], "no device 'meta'"),
+    "no tensorboard": (
+        ["train", "ring.toml", "--tensorboard"], "pip install 'cmbook[tensorboard]'"
+    ),
+    "unknown average": (["sample", "RING", "--average", "0.9"], "of decay 0.9999; got 0.9"),
+    "notebooks into a file": (["notebooks", "ring.toml"], "ring.toml"),
     "no run": (["sample", "nowhere"], "there is no run with a checkpoint in nowhere"),
     "no samples": (["sample", "RING", "--n", "0"], "--n must be at least 1; got 0"),
     "label without classes": (["sample", "RING", "--label", "1"], "leave out --label"),
@@ -180,8 +252,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_mistake_ends_with_one_clear_sentence_and_code_1(capsys, runs, case):
+def test_a_mistake_ends_with_one_clear_sentence_and_code_1(capsys, runs, case, monkeypatch):
     arguments, message = REFUSED[case]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     Path("folder.png").mkdir()
     folders = {"RING": str(runs / "ring"), "DIGITS": str(runs / "digits")}
     with pytest.raises(SystemExit) as stop:

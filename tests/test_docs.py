@@ -38,7 +38,7 @@ FLOORS_0_TO_2 = [
 ]
 ABOVE = [
     *["data", "training", "checkpoints", "evaluation"],
-    *["experiment", "runs", "pictures", "plotting", "demo"],
+    *["experiment", "runs", "board", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"

@@ -104,7 +104,7 @@ def test_every_setting_is_written():
     written = tomllib.loads(dumps(loads(RING)))
     assert written["training"] == {
         "steps": 10_000, "batch_size": 512, "warmup": 0, "decay": "none", "average_decay": 0.9999,
-        "precision": "float32", "save_every": 1000,
+        "also_average": [], "accumulation": 1, "precision": "float32", "save_every": 1000,
         "optimizer": {"kind": "RAdam", "lr": 4e-4, "betas": [0.9, 0.999]},
     }  # fmt: skip
 
@@ -193,6 +193,12 @@ REFUSED = [
     ("training.save_every=0", "save_every must be at least 1; got 0"),
     ("training.warmup=-1", "warmup must be at least 0; got -1"),
     ("training.average_decay=1", r"average_decay must lie in \[0, 1\); got 1"),
+    ("training.also_average=[0.5, 1]", r"training: also_average must lie in \[0, 1\); got 1"),
+    ("training.also_average=0.5", r"training\.also_average must be a list; got 0.5"),
+    ("training.also_average=[0.9999]", "names decays other than average_decay = 0.9999, each once"),
+    ("training.accumulation=0", "accumulation must be at least 1; got 0"),
+    ("training.accumulation=3", "divisible by accumulation = 3, so that its shards are equal; got"),
+    ("training.clip=0", "clip must be positive, or left out; got 0"),
     ("training.optimizer.lr=0", "lr must be positive; got 0"),
     ("training.optimizer.lr=nan", "lr must be positive; got nan"),
     ("training.optimizer.lr=inf", "lr must be positive; got inf"),

@@ -16,7 +16,7 @@ FLOORS = {
     1: {"parameterization", "networks"},
     2: {"losses", "samplers", "editing"},
     3: {"data", "training", "checkpoints", "evaluation"},
-    4: {"experiment", "runs", "pictures", "plotting"},
+    4: {"experiment", "runs", "board", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
@@ -33,8 +33,8 @@ THIRD_PARTY = {
 STANDARD = {
     "ast", "base64", "collections", "concurrent", "contextlib", "copy", "csv", "dataclasses",
     "difflib", "fcntl", "functools", "gzip", "hashlib", "importlib", "io", "itertools", "json",
-    "math", "os", "pathlib", "pickle", "platform", "re", "shutil", "signal", "struct", "sys",
-    "tarfile", "threading", "time", "tomllib", "types", "typing", "urllib", "warnings",
+    "math", "os", "pathlib", "pickle", "platform", "re", "shlex", "shutil", "signal", "struct",
+    "sys", "tarfile", "threading", "time", "tomllib", "types", "typing", "urllib", "warnings",
     "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))

@@ -106,21 +106,44 @@ def installed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_installed_wheel_works_from_any_folder(installed, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "cmbook", "configs"],
-        cwd=tmp_path,
+    assert "digits/edm" in installed_cmbook(installed, tmp_path, "configs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["*.py", "*.mplstyle", "py.typed", "configs/*/*", "students/**/*"])
+def test_the_wheel_holds_every_file_of_the_package(installed, kind):
+    ours = {path.relative_to(ROOT) for path in ROOT.rglob(kind)}
+    assert ours
+    assert ours == {p.relative_to(installed / "cmbook") for p in (installed / "cmbook").rglob(kind)}
+
+
+def installed_cmbook(installed, folder, *arguments):
+    """What the command line of the installed wheel prints, in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "cmbook", *arguments],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
         check=True,
-    )
-    assert "digits/edm" in done.stdout
+    ).stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["*.py", "*.toml", "*.mplstyle", "py.typed"])
-def test_the_wheel_holds_every_file_of_the_package(installed, kind):
-    ours = {path.relative_to(ROOT) for path in ROOT.rglob(kind)}
-    assert ours == {
-        p.relative_to(installed / "cmbook") for p in installed.rglob(f"cmbook/**/{kind}")
-    }
+def test_the_installed_wheel_copies_the_whole_book(installed, tmp_path):
+    assert "jupyter lab book" in installed_cmbook(installed, tmp_path, "notebooks", "book")
+    source = ROOT.parent / "notebooks"
+    ours = {*source.glob("*.ipynb"), *source.glob("weights/**/*.*")}
+    copied = {p.relative_to(tmp_path / "book") for p in (tmp_path / "book").rglob("*.*")}
+    assert copied == {path.relative_to(source) for path in ours}
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_draws_digits_at_once(installed, tmp_path):
+    installed_cmbook(installed, tmp_path, "sample", "digits/cd", "--out", "digits.png")
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_students_of_the_package_take_at_most_3_megabytes():
+    sizes = [path.stat().st_size for path in (ROOT / "students").rglob("*") if path.is_file()]
+    assert 0 < sum(sizes) <= 3e6

@@ -1,18 +1,25 @@
 """Runs: resumed is undisturbed, nothing is lost, and a record says how it was made."""
 
+import csv
+import io
+import json
 import os
 import shutil
+import sys
 import tomllib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cmbook
 from cmbook import (
     EDM,
     MLP,
     AdaptiveLevels,
+    Clock,
     ConsistencyDistillation,
     ConsistencyScalings,
     ConsistencyTraining,
@@ -62,6 +69,8 @@ TARGETED_RUN = replace(
     training=replace(TRAINING, optimizer=RAdam()),
 )
 BF16_RUN = replace(EDM_RUN, training=replace(TRAINING, precision="bfloat16"))
+SHARDED_RUN = replace(CT_RUN, training=replace(TRAINING, accumulation=2, clip=0.1))
+AVERAGED_RUN = replace(TARGETED_RUN, training=replace(TRAINING, also_average=(0.9, 0.0)))
 DIGITS_RUN = replace(
     EDM_RUN, data=Digits(), network=UNet(8, (1,), attention=()), noise_range=NoiseRange()
 )
@@ -119,6 +128,8 @@ def numbers(checkpoint):
 RECIPES = {
     "edm": EDM_RUN,
     "edm in bfloat16": BF16_RUN,
+    "ct in shards, clipped": SHARDED_RUN,
+    "ct with three averages": AVERAGED_RUN,
     "edm on digits": DIGITS_RUN,
     "ct": CT_RUN,
     "ct with target and dropout": TARGETED_RUN,
@@ -152,13 +163,42 @@ def test_a_resumed_log_has_every_row_once(copied):
     shutil.rmtree(copied / "checkpoints" / "step-00000006")
     make(CT_RUN, copied, resume=True)
     after = (copied / "log.csv").read_text().splitlines()
-    assert [row.rsplit(",", 1)[0] for row in after] == [row.rsplit(",", 1)[0] for row in before]
+    without_time = [
+        [row.split(",")[:2] + row.split(",")[3:] for row in log] for log in (before, after)
+    ]
+    assert without_time[0] == without_time[1]
 
 
-@pytest.mark.parametrize("junk", [b"6,0.1", b"a,b,c\n", b"\xff\xfe\n", b"6,0.1,x\n", b"\n\n"])
-def test_a_log_cut_by_a_kill_does_not_stop_a_run(copied, junk):
-    (copied / "log.csv").write_bytes(b"step,loss,seconds\n3,0.5,1.25\n" + junk)
+OLD_LOG = b"step,loss,seconds\n3,0.5,1.25\n"  # as cmbook wrote it before it told the gradient
+LOG = b"step,loss,seconds,gradient_norm,learning_rate,images\n3,0.5,1.25,2.5,0.001,24\n"
+
+
+@pytest.mark.parametrize("log", [OLD_LOG, LOG])
+@pytest.mark.parametrize(
+    "junk", [b"6,0.1", b"a,b,c\n", b"\xff\xfe\n", b"6,0.1,x\n", b"\n\n", b"6,0.1,2.0,3,0.1"]
+)
+def test_a_log_cut_by_a_kill_does_not_stop_a_run(copied, log, junk):
+    (copied / "log.csv").write_bytes(log + junk)
     assert load(copied).seconds == 1.25
+
+
+def test_a_log_tells_loss_gradient_rate_and_images(finished):
+    with (finished / "log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["3", "6"]
+    assert [row["images"] for row in rows] == ["24", "48"]
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates == pytest.approx([TRAINING.learning_rate(Clock(k, 6)) for k in (2, 5)], rel=1e-5)
+    assert all(float(row["gradient_norm"]) > 0 for row in rows)
+
+
+def test_an_old_log_goes_on_with_the_new_columns(copied):
+    shutil.rmtree(copied / "checkpoints" / "step-00000006")
+    (copied / "log.csv").write_bytes(OLD_LOG)
+    make(CT_RUN, copied, resume=True)
+    head, first, second = (copied / "log.csv").read_text().splitlines()
+    assert (head.encode(), first) == (LOG.splitlines()[0], "3,0.5,1.25,,,")
+    assert (second[:2], second.count(",")) == ("6,", 5)
 
 
 def test_resuming_a_finished_run_changes_nothing(copied):
@@ -640,3 +680,150 @@ def test_a_damaged_export_is_refused(finished, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="is not what was saved"):
         load(tmp_path / "given away")
+
+
+# ── several averages ──
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    make(AVERAGED_RUN, folder)
+    return folder
+
+
+def test_an_average_is_chosen_by_its_decay(averaged):
+    path = averaged / "checkpoints" / "step-00000006"
+    names = {None: "average", 0.5: "average", 0.9: "average-0.9", 0.0: "student"}
+    for decay, name in names.items():
+        made, weights = load(averaged, average=decay), checkpoints.read_weights(path, name)
+        assert all(torch.equal(w, weights[key]) for key, w in made.model.state_dict().items())
+        assert made.average == (0.5 if decay is None else decay)
+
+
+def test_an_average_that_is_not_there_is_refused_with_those_that_are(averaged):
+    with pytest.raises(ValueError, match=r"run has averages of decay 0\.5, 0\.9, 0\.0; got 0\.99$"):
+        load(averaged, average=0.99)
+
+
+def test_a_run_with_one_average_names_it(finished):
+    with pytest.raises(ValueError, match=r"has averages of decay 0\.5; got 0\.9$"):
+        load(finished, average=0.9)
+
+
+def test_a_lost_average_is_named(averaged, tmp_path):
+    copy = shutil.copytree(averaged, tmp_path / "run")
+    (copy / "checkpoints" / "step-00000006" / "average-0.9.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has lost average-0\.9\.safetensors"):
+        load(copy)
+
+
+def test_an_exported_average_is_the_only_one_of_its_recipe(averaged, tmp_path):
+    made = load(averaged, average=0.9)
+    alone = load(export(made, tmp_path / "given away"))
+    assert torch.equal(*(r.sample(4, generator=seeded(0)) for r in (alone, made)))
+    assert alone.average == 0.9
+    assert alone.recipe.training == replace(TRAINING, average_decay=0.9)
+    with pytest.raises(ValueError, match=r"has averages of decay 0\.9; got 0\.5"):
+        load(tmp_path / "given away", average=0.5)
+
+
+def test_a_recipe_without_the_newer_settings_resumes(copied):
+    """Runs made before accumulation, clipping and further averages go on."""
+    for path in (copied / "experiment.toml", copied / "checkpoints/step-00000003/experiment.toml"):
+        for line in ("also_average = []\n", "accumulation = 1\n"):
+            assert line in path.read_text()
+            edit(path, line, "")
+    undisturbed = checkpoints.read_weights(copied / "checkpoints" / "step-00000006", "average")
+    shutil.rmtree(copied / "checkpoints" / "step-00000006")
+    edit(
+        copied / "checkpoints/step-00000003/manifest.json",
+        json.loads((copied / "checkpoints/step-00000003/manifest.json").read_text())[
+            "experiment.toml"
+        ],
+        checkpoints._sha256(copied / "checkpoints/step-00000003/experiment.toml"),
+    )
+    resumed = make(CT_RUN, copied, resume=True).model.state_dict()
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+# ── TensorBoard ──
+
+
+SMALL_DIGITS = replace(DIGITS_RUN, network=ResidualMLP(16, 1, 8))
+
+
+def board_of(folder):
+    """What TensorBoard reads in a folder."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    pytest.importorskip("tensorboard")
+    folder = tmp_path_factory.mktemp("shown") / "run"
+    make(SMALL_DIGITS, folder, tensorboard=True)
+    return folder
+
+
+def test_tensorboard_shows_the_numbers_of_the_log(shown):
+    events = board_of(shown)
+    with (shown / "log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert set(events.Tags()["scalars"]) == rows[0].keys() - {"step"}
+    for name in events.Tags()["scalars"]:
+        points = events.Scalars(name)
+        assert [p.step for p in points] == [3, 6]
+        told = [float(row[name]) for row in rows]
+        assert [p.value for p in points] == pytest.approx(told, rel=1e-4, abs=1e-3)
+
+
+def test_tensorboard_shows_samples_at_every_save(shown):
+    pictures = board_of(shown).Images("samples")
+    assert [p.step for p in pictures] == [3, 6]
+    assert {(p.width, p.height) for p in pictures} == {(8 * 8, 8 * 8)}
+    with Image.open(io.BytesIO(pictures[-1].encoded_image_string)) as picture:
+        grid = torch.from_numpy(np.array(picture))[..., 0]
+    made = load(shown)
+    label = torch.arange(64) % 10
+    drawn = made.sample(64, label, generator=PerImage(range(64)))
+    drawn = ((drawn + 1) / 2).clamp(0, 1).reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64)
+    assert (grid - 255 * drawn).abs().max() <= 1
+
+
+def test_a_run_that_is_shown_is_the_run(shown, tmp_path):
+    make(SMALL_DIGITS, tmp_path / "run")
+    name = "checkpoints/step-00000006"
+    assert numbers(shown / name) == numbers(tmp_path / "run" / name)
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_what_an_interrupted_run_had_shown_is_not_shown_twice(shown, tmp_path):
+    copy = shutil.copytree(shown, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step-00000006")
+    make(SMALL_DIGITS, copy, resume=True, tensorboard=True)
+    assert [p.step for p in board_of(copy).Scalars("loss")] == [3, 6]
+
+
+def test_overwriting_replaces_what_was_shown(shown, tmp_path):
+    copy = shutil.copytree(shown, tmp_path / "run")
+    make(replace(SMALL_DIGITS, training=replace(TRAINING, steps=2)), copy, overwrite=True)
+    assert not (copy / "tensorboard").exists()
+
+
+def test_points_are_shown_as_curves_alone(tmp_path):
+    pytest.importorskip("tensorboard")
+    make(EDM_RUN, tmp_path, tensorboard=True)
+    assert board_of(tmp_path).Tags()["images"] == []
+
+
+def test_without_tensorboard_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'cmbook\[tensorboard\]'"):
+        make(CT_RUN, tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()

@@ -32,6 +32,7 @@ from cmbook import (
 )
 from cmbook.losses import AnyObjective
 from cmbook.losses.regression import self_consistency
+from cmbook.protocols import Batch
 from cmbook.training import Adam, LearningRate, RAdam, State, frozen_copy, frozen_view
 
 RANGE = NoiseRange(sigma_max=10.0)
@@ -65,7 +66,7 @@ def begin(objective, seed=0):
     return student, Adam(3e-3).build(student)
 
 
-def steps(objective, n, student=None, **knobs):
+def steps(objective, n, student=None, batches=None, **knobs):
     """The last of n steps."""
     if student is None:
         student, optimizer = begin(objective)
@@ -73,7 +74,7 @@ def steps(objective, n, student=None, **knobs):
         optimizer = Adam(3e-3).build(student)
     teacher = RING.world.denoiser if isinstance(objective, ConsistencyDistillation) else None
     knobs = {"steps": n, "optimizer": optimizer, "teacher": teacher, "average_decay": 0.9, **knobs}
-    for step in train(student, RING.batches(128, 0), objective, **knobs):
+    for step in train(student, batches or RING.batches(128, 0), objective, **knobs):
         last = step
     return last
 
@@ -340,11 +341,135 @@ def test_an_optimizer_has_the_knobs_of_the_recipe(optimizer):
     assert (group["lr"], tuple(group["betas"])) == (0.5, (0.9, 0.999))
 
 
+def sharded_gradients(objective, accumulation):
+    """The gradients of one step of 12 samples, the step, and the model they belong to."""
+    student, _ = begin(objective)
+    before, still = deepcopy(student), torch.optim.SGD(student.parameters(), lr=0.0)
+    last = steps(
+        objective, 1, student, batches=RING.batches(12, 0), optimizer=still,
+        accumulation=accumulation,
+    )  # fmt: skip
+    return [p.grad for p in student.parameters()], last, before
+
+
+@pytest.mark.parametrize("method", ["edm", "cd with a target", "ct"])
+def test_accumulated_gradients_are_those_of_the_mean_of_the_shards(method):
+    objective = METHODS[method]
+    found, last, student = sharded_gradients(objective, 3)
+    batch, clock = next(RING.batches(12, 0)), Clock(0, 1)
+    models = Models(student, frozen_view(student), RING.world.denoiser)
+    losses = [
+        objective(models, Batch(x), clock=clock, generator=seeded(0, "step", 0, shard))
+        for shard, x in enumerate(batch.x.split(4))
+    ]
+    torch.stack([loss.value for loss in losses]).mean().backward()
+    for ours, theirs in zip(found, student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad)
+    torch.testing.assert_close(last.loss.value, last.loss.per_sample.mean())
+    assert torch.equal(last.loss.sigma, torch.cat([loss.sigma for loss in losses]))
+
+
+def test_the_samples_of_a_step_cut_into_shards_each_have_noise_of_their_own():
+    sigma = sharded_gradients(METHODS["edm"], 3)[1].loss.sigma
+    assert len(sigma.unique()) == 12
+
+
+def test_one_shard_is_the_step_as_it_was():
+    """The draws of a training without accumulation are those of all published runs."""
+    found, _, student = sharded_gradients(METHODS["edm"], 1)
+    batch = next(RING.batches(12, 0))
+    loss = METHODS["edm"](Models(student), batch, clock=Clock(0, 1), generator=seeded(0, "step", 0))
+    loss.value.backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(found, student.parameters(), strict=True))
+
+
+def test_shards_keep_their_labels():
+    seen = []
+
+    def objective(models, batch, *, clock, generator):
+        seen.append((batch.x[:, 0].tolist(), batch.label.tolist()))
+        return METHODS["edm"](models, batch, clock=clock, generator=generator)
+
+    objective.target_decay = METHODS["edm"].target_decay
+    batch = Batch(torch.arange(4.0).repeat(2, 1).T, torch.arange(4))
+    with torch.random.fork_rng():
+        student = Preconditioned(MLP(8, 2).build((2,), 4), EDMScalings(RANGE))
+    steps(objective, 1, student, batches=iter([batch]), accumulation=2)
+    assert seen == [([0.0, 1.0], [0, 1]), ([2.0, 3.0], [2, 3])]
+
+
+def gradient_of(clip):
+    student, optimizer = begin(METHODS["edm"])
+    last = steps(METHODS["edm"], 1, student, optimizer=optimizer, clip=clip)
+    return torch.cat([p.grad.flatten() for p in student.parameters()]), last.gradient_norm
+
+
+def test_the_norm_of_a_step_is_that_of_the_whole_gradient():
+    gradient, norm = gradient_of(None)
+    torch.testing.assert_close(norm, gradient.norm())
+
+
+def test_a_long_gradient_is_shortened_and_keeps_its_direction():
+    whole, norm = gradient_of(None)
+    clipped, before = gradient_of(float(norm) / 4)
+    torch.testing.assert_close(clipped, whole / 4, rtol=1e-4, atol=1e-7)
+    assert before == norm
+
+
+def test_a_short_gradient_is_left_alone():
+    whole, norm = gradient_of(None)
+    assert torch.equal(gradient_of(2 * float(norm))[0], whole)
+
+
+def test_further_averages_follow_with_decays_of_their_own():
+    """Each is the average that a training with this decay alone would have."""
+    last = steps(METHODS["ct"], 3, average_decay=0.9, also_average=(0.5, 0.0))
+    assert list(last.state.averages) == [0.5, 0.0]
+    for decay, average in {0.9: last.average, **last.state.averages}.items():
+        alone = steps(METHODS["ct"], 3, average_decay=decay).average.state_dict()
+        assert all(torch.equal(alone[name], w) for name, w in average.state_dict().items())
+        assert not average.training
+
+
+def test_a_step_tells_the_learning_rate_it_was_taken_with():
+    student, optimizer = begin(METHODS["edm"])
+    rate, batches = LearningRate(1.0, warmup=3), RING.batches(8, 0)
+    training = train(
+        student, batches, METHODS["edm"], steps=5, optimizer=optimizer, learning_rate=rate
+    )
+    assert [step.learning_rate for step in training] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_rate_that_decays_falls_monotonically_to_nearly_0():
+    rate = LearningRate(1.0, warmup=10, decay="cosine")
+    found = [rate(Clock(k, 100)) for k in range(100)]
+    assert found[:10] == sorted(found[:10])
+    assert found[10:] == sorted(found[10:], reverse=True)
+    assert 0 < found[-1] < 0.001
+
+
+def test_the_fused_kernel_of_adam_descends_as_the_plain_one():
+    students = [begin(METHODS["edm"])[0] for _ in range(2)]
+    plain = torch.optim.Adam(students[1].parameters(), 3e-3)
+    fused = Adam(3e-3).build(students[0])
+    assert fused.defaults["fused"]
+    for student, optimizer in zip(students, (fused, plain), strict=True):
+        steps(METHODS["edm"], 3, student, optimizer=optimizer)
+    for ours, theirs in zip(*(s.parameters() for s in students), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"average_decay": 1.0}, r"average_decay must lie in \[0, 1\); got 1"),
+        ({"also_average": (0.5, 1.0)}, r"also_average must lie in \[0, 1\); got 1"),
+        ({"also_average": (0.9,)}, r"other than average_decay = 0.9, each once; got \(0.9,\)"),
+        ({"also_average": (0.5, 0.5)}, r"each once; got \(0.5, 0.5\)"),
+        ({"accumulation": 0}, "accumulation must be at least 1; got 0"),
+        ({"accumulation": 3}, "a batch of 128 cannot be cut into 3 equal shards"),
+        ({"clip": 0.0}, "clip must be positive, or left out; got 0.0"),
     ],
 )
 def test_impossible_knobs_are_refused(knobs, message):
@@ -368,6 +493,13 @@ def test_a_state_of_another_student_is_refused():
     state = steps(METHODS["edm"], 1).state
     with pytest.raises(ValueError, match="belongs to another student or optimizer"):
         steps(METHODS["edm"], 2, state=state)
+
+
+def test_a_state_with_other_averages_is_refused():
+    student, optimizer = begin(METHODS["edm"])
+    state = State.begin(student, optimizer, METHODS["edm"], (0.5,))
+    with pytest.raises(ValueError, match=r"has further averages \(0.5,\); also_average asks for"):
+        steps(METHODS["edm"], 2, student, optimizer=optimizer, state=state)
 
 
 def test_a_misspelled_precision_is_refused():
