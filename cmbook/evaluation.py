@@ -254,11 +254,20 @@ def memorized(samples: Tensor, train: Tensor, held_out: Tensor) -> float:
     Source: Meehan, Chaudhuri and Dasgupta (2020), the statistic of their test for data copying,
     without cells and as a share.
     """
-    ours = nearest_training(samples, train).distance
-    theirs = nearest_training(held_out, train).distance.sort().values
-    farther = len(theirs) - torch.searchsorted(theirs, ours, right=True)
-    not_nearer = len(theirs) - torch.searchsorted(theirs, ours, right=False)
-    return float((farther + not_nearer).double().mean() / (2 * len(theirs)))
+    distances = (nearest_training(z, train).distance for z in (samples, held_out))
+    return share_nearer(*distances)
+
+
+def share_nearer(ours: Tensor, theirs: Tensor) -> float:
+    """Of all pairs of one distance of ours and one of theirs: how often ours is less, ties half.
+
+    Source: Mann and Whitney (1947), as a share.
+    """
+    ranked = theirs.sort().values
+    less, not_more = (
+        len(ranked) - torch.searchsorted(ranked, ours, right=right) for right in (True, False)
+    )
+    return float((less + not_more).double().mean() / (2 * len(ranked)))
 
 
 class Interval(NamedTuple):
