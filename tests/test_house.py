@@ -15,15 +15,17 @@ FLOORS = {
     },
     1: {"parameterization", "networks"},
     2: {"losses", "samplers", "editing"},
-    3: {"data", "training", "checkpoints", "evaluation"},
-    4: {"experiment", "runs", "pictures", "plotting"},
+    3: {
+        *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
+    },
+    4: {"experiment", "runs", "pictures", "plotting", "reports"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
     0: {"torch", "jaxtyping", "scipy"},
     1: {"torch", "einops"},
     2: {"torch"},
-    3: {"torch", "safetensors", "sklearn", "scipy"},
+    3: {"torch", "safetensors", "sklearn", "scipy", "numpy"},
     4: {"torch", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"},
     5: {"torch", "tyro", "numpy", "matplotlib"},
 }
@@ -31,6 +33,7 @@ STANDARD = {
     "ast", "base64", "collections", "contextlib", "copy", "csv", "dataclasses", "difflib",
     "functools", "hashlib", "importlib", "io", "itertools", "json", "math", "os", "pathlib",
     "platform", "shutil", "signal", "sys", "threading", "time", "tomllib", "types", "typing",
+    "warnings", "zipfile",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
