@@ -27,12 +27,13 @@ from cmbook.evaluation import (
     precision_recall,
     share_nearer,
 )
-from cmbook.features import Activations, Extractor, Pixels, extract, from_bytes, to_bytes
+from cmbook.features import Activations, Extractor, GlyphNet, extract, from_bytes, to_bytes
 from cmbook.noise import PerImage, seeded, shuffled
 from cmbook.protocols import Labels, Samples
 from cmbook.references import Statistics
 from cmbook.runs import Run
 
+FEWEST = 20  # of samples and of real images
 MOST_REAL = 50_000  # training images that are looked at
 MOST_PAIRS = 10_000  # of each set where all pairs are compared
 Report = dict[str, Any]
@@ -59,7 +60,7 @@ class Evaluation:
 
     n: int = 10_000
     steps: int | None = None
-    extractor: Extractor = Pixels()
+    extractor: Extractor = GlyphNet()
     reference: Path | None = None
     comparable_anyway: bool = False
     seed: int = 0
@@ -68,8 +69,10 @@ class Evaluation:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.n < 20 or self.batch < 1:
-            raise ValueError(f"expected n of 20 or more and batch of 1 or more; got {self}")
+        if self.n < FEWEST or self.batch < 1:
+            raise ValueError(
+                f"expected n of {FEWEST} or more and batch of 1 or more; got {self.n}, {self.batch}"
+            )
         if self.rounds == 1 or self.rounds < 0:
             raise ValueError(f"rounds must be 0 (no intervals) or 2 or more; got {self.rounds}")
 
@@ -123,7 +126,9 @@ class Evaluation:
     def draw(self, made: Run, data: Data) -> tuple[Samples, Labels | None, int]:
         """`n` samples, their classes in the proportions of the data, and evaluations of each.
 
-        Images are rounded to 8 bits, as every file of samples is.
+        Images are rounded to 8 bits, as every file of samples is. Each has a seed of its own, so
+        it does not depend on the batch: of 192,000 pixels drawn in batches of 7 and of 100, none
+        differed.
         """
         device = next(made.model.parameters()).device
         label = _labels(made, data, self.n)
@@ -150,6 +155,9 @@ class Evaluation:
         real, held_out = _training(data), _held_out(data)
         if held_out is None:  # then half of the training images stand for new ones
             real, held_out = real[::2], real[1::2]
+        fewest = min(len(x), len(real), len(held_out))
+        if fewest < FEWEST:
+            raise ValueError(f"nothing can be said of {fewest} images; {FEWEST} are needed")
         ours, train, new = (
             self._seen(z, what)
             for z, what in ((x, "samples"), (real, "training images"), (held_out, "held-out"))
@@ -268,11 +276,14 @@ def compare(first: Path, second: Path, *, comparable_anyway: bool = False) -> st
 
 
 def _scores(ours: Tensor | None, new: Tensor | None) -> Report:
+    """The Inception Score of all samples, and that of samples and real images of equal count."""
     if ours is None or new is None:
         return {}
+    k = min(len(ours), len(new))
     return {
         "inception_score": inception_score(ours)._asdict(),
-        "inception_score_real": inception_score(new)._asdict(),
+        f"inception_score_of_{k}": inception_score(ours[:k])._asdict(),
+        f"inception_score_of_{k}_real": inception_score(new[:k])._asdict(),
     }
 
 

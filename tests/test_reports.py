@@ -15,7 +15,7 @@ from cmbook.features import GlyphNet, Pixels, from_bytes
 from cmbook.references import Provenance, Statistics, save_samples, save_statistics
 from cmbook.reports import Evaluation, compare, table
 
-QUICK = {"n": 40, "rounds": 2, "progress": False}
+QUICK = {"n": 40, "rounds": 2, "progress": False, "extractor": Pixels()}
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def test_a_sample_has_the_class_proportions_of_the_data(digits):
 
 @pytest.mark.parametrize("extractor", [Pixels(), GlyphNet()], ids=["pixels", "glyphnet"])
 def test_a_report_has_every_figure_beside_that_of_real_data(digits, tmp_path, extractor):
-    report = Evaluation(extractor=extractor, **QUICK)(digits, tmp_path)
+    report = Evaluation(**QUICK | {"extractor": extractor})(digits, tmp_path)
     figures = report["figures"]
     assert {name for name in figures if f"{name}_real" in figures} >= {
         *["frechet_of_40", "precision_of_40", "recall_of_40", "nearest_training", "memorized"]
     }
     assert figures["frechet_of_40_real"] < figures["frechet_of_40"]
     assert figures["frechet"]["low"] <= figures["frechet"]["value"] <= figures["frechet"]["high"]
-    assert ("inception_score" in figures) == (extractor == GlyphNet())
+    assert ("inception_score_of_40_real" in figures) == (extractor == GlyphNet())
     assert (report["samples"], report["nfe"]) == (40, 1)
     assert report["training_images"] == report["reference"]["images"] == 1198
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -158,6 +158,12 @@ def test_reports_of_equal_terms_are_compared_and_others_refused(digits, tmp_path
     with pytest.raises(ValueError, match="not comparable: samples is 40 here and 50 there"):
         compare(a, c)
     assert "memorized" in compare(a, c, comparable_anyway=True)
+
+
+def test_nothing_is_said_of_few_images(digits, tmp_path):
+    save_samples(tmp_path / "a.npz", torch.zeros(5, 1, 8, 8))
+    with pytest.raises(ValueError, match="nothing can be said of 5 images"):
+        Evaluation(**QUICK)(digits, tmp_path, tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(
