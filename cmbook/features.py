@@ -118,8 +118,8 @@ class GlyphNet:
 
     It was trained by `python benchmarks/glyphnet.py` on endless renderings of 62 characters in 20
     fonts, and reads 96.6% of new ones (98.8% but for upper and lower case). Its features are the
-    64 of the last hidden layer. Color becomes luminance (Rec. 601), any size becomes 32x32 (bilinear,
-    antialiased). Its figures are no FID; compare them only with each other.
+    64 of the last hidden layer. Color becomes luminance (Rec. 601), any size becomes 32x32
+    (bilinear, antialiased). Its figures are no FID; compare them only with each other.
 
     Attributes:
         device: Where it runs.
