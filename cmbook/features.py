@@ -233,8 +233,8 @@ class Inception:
         )
 
 
-def extract(extractor: Extractor, batches: Iterable[Samples]) -> Activations:
-    """The activations of many batches, one after the other.
+def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Activations:
+    """The activations of many batches, which may differ in size, one after the other.
 
     Raises:
         ValueError: If there is no batch.
