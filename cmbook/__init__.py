@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cmbook.clouds import (
+        energy_distance as energy_distance,
+    )
+    from cmbook.clouds import (
+        mmd as mmd,
+    )
+    from cmbook.clouds import (
+        sliced_wasserstein as sliced_wasserstein,
+    )
     from cmbook.data import (
         Digits as Digits,
     )
@@ -68,16 +77,43 @@ if TYPE_CHECKING:
         stroke as stroke,
     )
     from cmbook.evaluation import (
+        Moments as Moments,
+    )
+    from cmbook.evaluation import (
+        bootstrap as bootstrap,
+    )
+    from cmbook.evaluation import (
         frechet_distance as frechet_distance,
+    )
+    from cmbook.evaluation import (
+        inception_score as inception_score,
+    )
+    from cmbook.evaluation import (
+        memorized as memorized,
     )
     from cmbook.evaluation import (
         nearest_distance as nearest_distance,
     )
     from cmbook.evaluation import (
+        nearest_training as nearest_training,
+    )
+    from cmbook.evaluation import (
         precision_recall as precision_recall,
+    )
+    from cmbook.evaluation import (
+        real_floor as real_floor,
     )
     from cmbook.experiment import (
         Experiment as Experiment,
+    )
+    from cmbook.features import (
+        GlyphNet as GlyphNet,
+    )
+    from cmbook.features import (
+        Inception as Inception,
+    )
+    from cmbook.features import (
+        Pixels as Pixels,
     )
     from cmbook.guidance import (
         guided as guided,
@@ -211,6 +247,9 @@ if TYPE_CHECKING:
     from cmbook.protocols import (
         Pair as Pair,
     )
+    from cmbook.reports import (
+        Evaluation as Evaluation,
+    )
     from cmbook.runs import (
         export as export,
     )
@@ -304,10 +343,16 @@ _NAMES = {
     # floor 3 · workshop
     "cmbook.data": "Digits Glyphs Images TensorData Toy",
     "cmbook.training": "blend distilled train",
-    "cmbook.evaluation": "frechet_distance nearest_distance precision_recall",
+    "cmbook.evaluation": (
+        "Moments bootstrap frechet_distance inception_score memorized nearest_distance "
+        "nearest_training precision_recall real_floor"
+    ),
+    "cmbook.clouds": "energy_distance mmd sliced_wasserstein",
+    "cmbook.features": "GlyphNet Inception Pixels",
     # floor 4 · doors and windows
     "cmbook.experiment": "Experiment",
     "cmbook.runs": "export load run",
+    "cmbook.reports": "Evaluation",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -1,4 +1,7 @@
-"""The command line: cmbook demo | train | sample | edit | export | data | configs | notebooks."""
+"""The command line.
+
+cmbook demo | train | sample | edit | evaluate | export | data | configs | notebooks
+"""
 
 import os
 import shlex
@@ -204,6 +207,74 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Measure a run: how far its samples are from real data, always beside what real data get.
+
+    For example:  cmbook evaluate runs/digits/cd --features pixels
+                  cmbook evaluate runs/cifar10/cd --n 50000 --features inception
+
+    Images: Frechet distance (with Inception features: FID, sFID, Inception Score), precision and
+    recall, distance to the nearest training image. Points: MMD, energy distance, sliced
+    Wasserstein. Writes report.json and samples.npz into the folder --out.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of one of its checkpoints."""
+    n: int = 10_000
+    """How many samples. Compare only figures made with the same number."""
+    steps: int | None = None
+    """Consistency model: evaluations (default 1). Diffusion model: levels of the grid."""
+    features: Literal["pixels", "glyphnet", "inception"] = "glyphnet"
+    """What sees the images: themselves, the small network of cmbook, or the field's network."""
+    inception: Path = Path("inception-2015-12-05.pt")
+    """For inception: its TorchScript file."""
+    inception_sha256: str | None = None
+    """For inception: the hash of another file than the official one. The file is code."""
+    reference: Path | None = None
+    """An .npz with mu and sigma; by default the training set of the run."""
+    comparable_anyway: bool = False
+    """Use a reference that was made otherwise, or does not say how."""
+    samples: Path | None = None
+    """Measure this .npz of samples instead of drawing."""
+    seed: int = 0
+    """Of the first sample; the next has seed + 1."""
+    batch: int = 100
+    """Samples per batch; they do not depend on it."""
+    rounds: int = 20
+    """Of the bootstrap; 0 leaves intervals out."""
+    out: Path | None = None
+    """Folder for the report; by default RUN/evaluation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook import reports, runs
+        from cmbook.features import INCEPTION_SHA256, Extractor, GlyphNet, Inception, Pixels
+
+        device = _device(self.device)
+        expected = self.inception_sha256 or INCEPTION_SHA256
+        extractors: dict[str, Extractor] = {
+            "pixels": Pixels(),
+            "glyphnet": GlyphNet(device),
+            "inception": Inception(self.inception, expected, device),
+        }
+        out = self.out or self.run / "evaluation"
+        evaluation = reports.Evaluation(
+            n=self.n,
+            steps=self.steps,
+            extractor=extractors[self.features],
+            reference=self.reference,
+            comparable_anyway=self.comparable_anyway,
+            seed=self.seed,
+            batch=self.batch,
+            rounds=self.rounds,
+        )
+        report = evaluation(runs.load(self.run, device), out, self.samples)
+        print(f"{reports.table(report)}\n\nThe report: {out / 'report.json'}")
+
+
+@dataclass(frozen=True)
 class Export:
     """Write the model of a run alone, without what only training needs: to share, or to keep.
 
@@ -377,6 +448,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Edit, tyro.conf.subcommand("edit")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]
@@ -474,22 +546,10 @@ def _device(name: str) -> str:
 
 def _save(samples: "Tensor", label: "Tensor | None", out: Path) -> None:
     """Write samples as a picture or as numbers; an older file is replaced only by a whole one."""
-    import numpy as np
-    import torch
-
-    from cmbook import plotting
+    from cmbook import plotting, references
 
     if out.suffix == ".npz":
-        values = samples
-        if samples.ndim == 4:  # the layout that evaluators of the field read
-            values = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        arrays = [values.numpy()] + ([] if label is None else [label.numpy()])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".unfinished-{out.name}")
-        with unfinished.open("wb") as file:
-            np.savez(file, *arrays)
-        unfinished.replace(out)
-        return
+        return references.save_samples(out, samples, label)
     with plotting.book_style():
         plotting.save(plotting.sheet(samples), out)
 

@@ -115,6 +115,31 @@ def test_a_sample_depends_on_its_seed_alone(runs):
 
 
 @pytest.mark.parametrize("name", ["ring", "digits"])
+def test_a_run_is_measured(runs, name, capsys):
+    features = ["--features", "pixels", "--rounds", "2"]
+    main(["evaluate", str(runs / name), "--n", "30", "--steps", "2", *features, "--out", "new"])
+    assert "real data" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("new").iterdir()) == ["report.json", "samples.npz"]
+
+
+def test_inception_without_its_file_says_where_to_get_it(runs, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "evaluate",
+                str(runs / "digits"),
+                "--n",
+                "20",
+                "--steps",
+                "2",
+                "--features",
+                "inception",
+            ]
+        )
+    assert "put it there from https://" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ring", "digits"])
 def test_samples_are_drawn_as_a_picture(runs, name):
     main(["sample", str(runs / name), "--n", "3", "--steps", "2", "--out", "a.png"])
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")

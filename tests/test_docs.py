@@ -37,8 +37,8 @@ FLOORS_0_TO_2 = [
     *["losses.continuous", "samplers", "editing"],
 ]
 ABOVE = [
-    *["data", "training", "checkpoints", "evaluation"],
-    *["experiment", "runs", "board", "pictures", "plotting", "demo"],
+    *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
+    *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"

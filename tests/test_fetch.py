@@ -45,7 +45,7 @@ def test_an_interrupted_fetch_is_gone_on_with(tmp_path, source, have):
 
 def test_what_has_the_wrong_checksum_is_not_kept(tmp_path, source):
     source.write_bytes(CONTENT[:-1] + b"x")
-    with pytest.raises(ValueError, match="its sha256 is .*, expected"):
+    with pytest.raises(ValueError, match=r"its sha256 is .*, expected"):
         fetch.fetch(remote(source), tmp_path / "data", progress=False)
     assert list((tmp_path / "data").iterdir()) == []
 

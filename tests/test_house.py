@@ -15,8 +15,10 @@ FLOORS = {
     },
     1: {"parameterization", "networks"},
     2: {"losses", "samplers", "editing"},
-    3: {"data", "training", "checkpoints", "evaluation"},
-    4: {"experiment", "runs", "board", "pictures", "plotting"},
+    3: {
+        *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
+    },
+    4: {"experiment", "runs", "board", "reports", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {

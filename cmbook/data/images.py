@@ -108,6 +108,9 @@ class ImageData:
             named = len(rows.classes) or None
             self.classes = check_labels(torch.from_numpy(rows.label), len(rows), named)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Batches without end: every epoch is a new order of all images.
 
