@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cmbook
 from cmbook.__main__ import main
@@ -41,6 +42,7 @@ TINY = ("training.steps=2", "training.batch_size=4", "network={kind='MLP', width
 def here(tmp_path, monkeypatch):
     """Every test starts in an empty folder with one recipe."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMBOOK_CACHE", str(tmp_path / "cache"))
     Path("ring.toml").write_text(RING, encoding="utf-8")
     return tmp_path
 
@@ -364,3 +366,57 @@ def test_a_stopped_training_resumes_to_the_same_bits(undisturbed, number, code, 
     assert numbers(Path("run"))[0] < "step-00000150"
     main(["train", *LONG, "--out", "run", "--resume"])
     assert numbers(Path("run")) == undisturbed
+
+
+# data
+
+
+def pictures(folder: Path, n: int = 12) -> Path:
+    """A user's own pictures: two classes, of many sizes."""
+    for i in range(n):
+        place = folder / ("bright" if i % 2 else "dark") / f"photo {i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30), (200 * (i % 2), 30, 40)).save(place)
+    return folder
+
+
+def test_check_prints_what_is_there_and_draws_a_sheet(capsys):
+    main(["data", "check", str(pictures(Path("my pictures"))), "--size", "8", "--sheet", "s.png"])
+    printed = capsys.readouterr().out
+    assert "images   12: 12 of 8x8 RGB" in printed
+    assert "classes  2: bright 6, dark 6" in printed
+    with Image.open("s.png") as sheet:
+        assert sheet.size[0] > 100
+
+
+def test_check_names_a_broken_file_and_exits_with_one(capsys):
+    (pictures(Path("set")) / "dark" / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", "set"])
+    assert stop.value.code == 1
+    assert "broken   dark/bad.png is no picture" in capsys.readouterr().out
+
+
+def test_one_command_trains_on_a_folder_of_pictures_and_another_draws():
+    knobs = ["training.steps=2", "training.batch_size=4", "data.size=8", "data.channels=1"]
+    main(["train", "fashion/ct", f"data.path={pictures(Path('set'))}", *knobs, "--out", "mine"])
+    main(["sample", "mine", "--n", "6", "--out", "mine.png"])
+    assert Path("mine.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["check", "nowhere"], "nowhere does not exist; data.path names"),
+        (["get", "fashion"], "no data set 'fashion' to fetch; known: fashion-mnist"),
+        (["export-lsun", "here", "there"], "here holds no data.mdb"),
+        (["check", "set", "--sheet", "s.png"], "--sheet needs --size"),
+        (["check", "set", "--sheet", "s.gif"], "must end in .png or .npz"),
+    ],
+)
+def test_data_commands_say_what_is_wrong(arguments, says, capsys):
+    pictures(Path("set"))
+    with pytest.raises(SystemExit) as stop:
+        main(["data", *arguments])
+    assert stop.value.code == 1
+    assert says in capsys.readouterr().err

@@ -37,7 +37,9 @@ FLOORS_0_TO_2 = [
     *["losses.continuous", "samplers", "editing"],
 ]
 ABOVE = [
-    *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
+    *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
+    *["data.prepare", "data.inspect", "data.fetch"],
+    *["training", "checkpoints", "evaluation", "clouds", "features", "references"],
     *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
@@ -104,7 +106,7 @@ def test_every_public_name_has_a_docstring(name):
 
 
 def test_every_module_of_floors_0_to_2_is_checked_for_sources():
-    packages = ["cmbook", "cmbook.losses", "cmbook.networks", "cmbook.oracle"]
+    packages = ["cmbook", "cmbook.data", "cmbook.losses", "cmbook.networks", "cmbook.oracle"]
     listed = [f"cmbook.{name}" for name in [*FLOORS_0_TO_2, *ABOVE, "__main__"]]
     assert sorted([*listed, *packages]) == modules()
 
