@@ -121,7 +121,7 @@ class ImageData:
             x, label = images(self.rows, i)
             if self.flip:
                 mirrored = uniform(len(x), seeded(seed, "flip", k)) < 0.5
-                x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+                x[mirrored] = x[mirrored].flip(-1)
             yield Batch(x, label)
 
     def held_out(self) -> Batch:
@@ -146,7 +146,7 @@ def images(rows: Rows, i: Tensor | Sequence[int]) -> Batch:
     Source: Song et al. (2023), released code.
     """
     number = np.asarray(i)
-    x: Samples = torch.from_numpy(rows[number]).float() / 127.5 - 1
+    x: Samples = torch.from_numpy(rows[number]).float().div_(127.5).sub_(1)
     label: Labels | None = None
     if rows.label is not None:
         label = torch.from_numpy(rows.label[number])
