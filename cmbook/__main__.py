@@ -17,6 +17,7 @@ import tyro
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cmbook.features import Extractor
     from cmbook.runs import Run
 
 
@@ -250,20 +251,14 @@ class Evaluate:
     def __call__(self) -> None:
         """Do it."""
         from cmbook import reports, runs
-        from cmbook.features import INCEPTION_SHA256, Extractor, GlyphNet, Inception, Pixels
 
         device = _device(self.device)
-        expected = self.inception_sha256 or INCEPTION_SHA256
-        extractors: dict[str, Extractor] = {
-            "pixels": Pixels(),
-            "glyphnet": GlyphNet(device),
-            "inception": Inception(self.inception, expected, device),
-        }
+        extractor = _extractor(self.features, self.inception, self.inception_sha256, device)
         out = self.out or self.run / "evaluation"
         evaluation = reports.Evaluation(
             n=self.n,
             steps=self.steps,
-            extractor=extractors[self.features],
+            extractor=extractor,
             reference=self.reference,
             comparable_anyway=self.comparable_anyway,
             seed=self.seed,
@@ -358,6 +353,58 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Write reference statistics of a data set, with where they come from, for cmbook evaluate.
+
+    For example:  cmbook data reference data/imagenet/train in64.npz --size 64 --channels 3
+                      --features inception
+
+    They are of every image there, unflipped. Memory does not grow with the set.
+    """
+
+    path: tyro.conf.Positional[str]
+    """As data.path in a recipe: a folder, a .zip, an .npz, or hf://NAME."""
+    out: tyro.conf.Positional[Path]
+    """The .npz to write: mu and sigma, as the field's evaluators read them."""
+    size: int | None = None
+    """Prepare the images at this size, as training does."""
+    channels: Literal[1, 3] | None = None
+    """1: gray, 3: RGB."""
+    features: Literal["pixels", "glyphnet", "inception"] = "inception"
+    """What sees the images: themselves, the small network of cmbook, or the field's network."""
+    inception: Path = Path("inception-2015-12-05.pt")
+    """For inception: its TorchScript file."""
+    inception_sha256: str | None = None
+    """For inception: the hash of another file than the official one. The file is code."""
+    batch: int = 100
+    """Images at a time."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from tqdm import tqdm
+
+        from cmbook import references
+        from cmbook.data import Images
+
+        if self.out.suffix != ".npz" or self.batch < 1:
+            raise ValueError(
+                f"expected OUT.npz and a batch of 1 or more; got {self.out}, {self.batch}"
+            )
+        device = _device(self.device)
+        extractor = _extractor(self.features, self.inception, self.inception_sha256, device)
+        data = Images(self.path, self.size, self.channels, labelled=False).build()
+        total = -(-len(data) // self.batch)
+        batches = iter(tqdm(data.in_order(self.batch), total=total, leave=False))
+        statistics = references.Statistics.streamed(
+            batches, extractor, data.shape, data=self.path, preprocessing=data.preparation
+        )
+        references.save_statistics(self.out, statistics)
+        print(f"statistics of {len(data):,} images: {self.out}")
+
+
+@dataclass(frozen=True)
 class ExportLsun:
     """Unpack the pictures of an LSUN database into a folder.
 
@@ -381,11 +428,12 @@ class ExportLsun:
 
 @dataclass(frozen=True)
 class Data:
-    """Fetch a data set, look at one before training on it, or unpack LSUN."""
+    """Fetch a data set, look at one, write its reference statistics, or unpack LSUN."""
 
     what: (
         Annotated[Get, tyro.conf.subcommand("get")]
         | Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[Reference, tyro.conf.subcommand("reference")]
         | Annotated[ExportLsun, tyro.conf.subcommand("export-lsun")]
     )
 
@@ -530,6 +578,14 @@ def _labels(loaded: "Run", wanted: int | None, n: int, device: str) -> "Tensor |
     label = torch.arange(n) % classes if wanted is None else torch.full((n,), wanted)
     data.check_labels(label, n, classes)
     return label.to(_device(device))
+
+
+def _extractor(features: str, inception: Path, sha256: str | None, device: str) -> "Extractor":
+    from cmbook.features import INCEPTION_SHA256, GlyphNet, Inception, Pixels
+
+    if features == "inception":
+        return Inception(inception, sha256 or INCEPTION_SHA256, device)
+    return GlyphNet(device) if features == "glyphnet" else Pixels()
 
 
 def _device(name: str) -> str:

@@ -7,9 +7,9 @@ A Frechet distance compares only what was made alike. So statistics carry their 
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,18 +77,36 @@ class Statistics:
         preprocessing: str | None = "as stored",
     ) -> "Statistics":
         """The statistics of what an extractor has seen."""
-        spatial = activations.spatial
-        provenance = Provenance(
-            data,
-            preprocessing,
-            len(activations.features),
-            size,
-            extractor.name,
-            extractor.sha256,
-            extractor.quantization,
-        )
-        moments = Moments.of(activations.features)
-        return cls(moments, None if spatial is None else Moments.of(spatial), provenance)
+        made = _provenance(extractor, size, data, preprocessing)
+        moments, spatial = _moments_of(activations)
+        return cls(moments, spatial, replace(made, images=moments.count))
+
+    @classmethod
+    def streamed(
+        cls,
+        batches: Iterable[Tensor],
+        extractor: Extractor,
+        size: tuple[int, ...],
+        *,
+        data: str | None = None,
+        preprocessing: str | None = "as stored",
+    ) -> "Statistics":
+        """The statistics of images that come in batches, in memory that does not grow.
+
+        Raises:
+            ValueError: If there is no batch.
+        """
+        whole: Moments | None = None
+        places: Moments | None = None
+        for batch in batches:
+            moments, spatial = _moments_of(extractor(batch))
+            whole = moments if whole is None else whole + moments
+            if spatial is not None:
+                places = spatial if places is None else places + spatial
+        if whole is None:
+            raise ValueError("there are no images to take statistics of")
+        made = _provenance(extractor, size, data, preprocessing)
+        return cls(whole, places, replace(made, images=whole.count))
 
 
 def distance(
@@ -245,6 +263,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _moments_of(seen: Activations) -> tuple[Moments, Moments | None]:
+    spatial = seen.spatial
+    return Moments.of(seen.features), None if spatial is None else Moments.of(spatial)
+
+
+def _provenance(
+    extractor: Extractor, size: tuple[int, ...], data: str | None, preprocessing: str | None
+) -> Provenance:
+    return Provenance(
+        data,
+        preprocessing,
+        size=size,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        quantization=extractor.quantization,
+    )
 
 
 def _moments(path: Path, mean: Any, covariance: Any, count: int | None) -> Moments:

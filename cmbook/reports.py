@@ -163,9 +163,14 @@ class Evaluation:
             for z, what in ((x, "samples"), (real, "training images"), (held_out, "held-out"))
         )
         size = tuple(data.shape)
-        mine = Statistics.of(ours, self.extractor, size, data="samples of this run")
+        made = getattr(data, "preparation", "as stored")
+        mine = Statistics.of(
+            ours, self.extractor, size, data="samples of this run", preprocessing=made
+        )
         if self.reference is None:
-            reference = Statistics.of(train, self.extractor, size, data="the run's training set")
+            reference = Statistics.of(
+                train, self.extractor, size, data="the run's training set", preprocessing=made
+            )
         else:
             reference = references.load_statistics(self.reference)
         provenances = asdict(mine.provenance), asdict(reference.provenance)

@@ -15,7 +15,10 @@ from PIL import Image
 import cmbook
 from cmbook.__main__ import main
 from cmbook.checkpoints import checkpoints
+from cmbook.data import Images
 from cmbook.experiment import recipe_text, recipes
+from cmbook.features import GlyphNet, extract
+from cmbook.references import load_statistics
 from cmbook.runs import students
 
 RING = """# A small ring.
@@ -420,3 +423,15 @@ def test_data_commands_say_what_is_wrong(arguments, says, capsys):
         main(["data", *arguments])
     assert stop.value.code == 1
     assert says in capsys.readouterr().err
+
+
+def test_reference_statistics_of_a_folder_say_where_they_come_from():
+    pictures(Path("set"), 30)
+    main(["data", "reference", "set", "ref.npz", "--size", "16", "--features", "glyphnet"])
+    statistics = load_statistics(Path("ref.npz"))
+    told = statistics.provenance
+    assert (told.data, told.images, told.size) == ("set", 30, (3, 16, 16))
+    assert (told.preprocessing, told.extractor) == ("ADM center crop", "GlyphNet")
+    seen = extract(GlyphNet(), Images("set", 16).build().in_order(7))
+    torch.testing.assert_close(statistics.moments.mean, seen.features.double().mean(0))
+    torch.testing.assert_close(statistics.moments.covariance, seen.features.double().T.cov())

@@ -124,6 +124,16 @@ class ImageData:
                 x[mirrored] = x[mirrored].flip(-1)
             yield Batch(x, label)
 
+    @property
+    def preparation(self) -> str:
+        """What was done to the images since they were stored; statistics must agree in it."""
+        return self.rows.preparation
+
+    def in_order(self, size: int) -> Iterator[Samples]:
+        """Every image once, as stored, in batches of `size`."""
+        for start in range(0, len(self.rows), size):
+            yield images(self.rows, range(start, min(start + size, len(self.rows)))).x
+
     def held_out(self) -> Batch:
         """Images that training never sees.
 

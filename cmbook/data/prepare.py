@@ -160,7 +160,8 @@ def _cached(origin: str, jobs: _Jobs, size: int | None, channels: Channels, upri
             ) from error
     facts = json.loads((place / "finished.json").read_text(encoding="utf-8"))
     images = np.memmap(place / "images.u8", np.uint8, "r", 0, shape)
-    return Rows((images,), fingerprint=facts["sha256"])
+    preparation = "as stored" if size is None else "ADM center crop"
+    return Rows((images,), preparation=preparation, fingerprint=facts["sha256"])
 
 
 def _one(

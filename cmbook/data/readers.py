@@ -39,11 +39,14 @@ class Rows:
         parts: Arrays of one shape; mapped ones stay on disk.
         label: Classes from 0, or `None`.
         classes: Their names, if known.
+        preparation: What was done to them since they were stored.
+        fingerprint: Of images and labels, where it has been taken before.
     """
 
     parts: tuple[Bytes, ...]
     label: Label | None = None
     classes: tuple[str, ...] = ()
+    preparation: str = "as stored"
     fingerprint: str | None = None
 
     def __len__(self) -> int:
