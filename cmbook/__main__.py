@@ -383,8 +383,6 @@ class Reference:
 
     def __call__(self) -> None:
         """Do it."""
-        from tqdm import tqdm
-
         from cmbook import references
         from cmbook.data import Images
 
@@ -395,8 +393,7 @@ class Reference:
         device = _device(self.device)
         extractor = _extractor(self.features, self.inception, self.inception_sha256, device)
         data = Images(self.path, self.size, self.channels, labelled=False).build()
-        total = -(-len(data) // self.batch)
-        batches = iter(tqdm(data.in_order(self.batch), total=total, leave=False))
+        batches = data.in_order(self.batch, progress=True)
         statistics = references.Statistics.streamed(
             batches, extractor, data.shape, data=self.path, preprocessing=data.preparation
         )

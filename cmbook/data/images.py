@@ -129,9 +129,11 @@ class ImageData:
         """What was done to the images since they were stored; statistics must agree in it."""
         return self.rows.preparation
 
-    def in_order(self, size: int) -> Iterator[Samples]:
-        """Every image once, as stored, in batches of `size`."""
-        for start in range(0, len(self.rows), size):
+    def in_order(self, size: int, *, progress: bool = False) -> Iterator[Samples]:
+        """Every image once, not mirrored, in batches of `size`; with a bar, if asked."""
+        from tqdm import tqdm
+
+        for start in tqdm(range(0, len(self.rows), size), disable=not progress, leave=False):
             yield images(self.rows, range(start, min(start + size, len(self.rows)))).x
 
     def held_out(self) -> Batch:
