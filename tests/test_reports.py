@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmbook import frechet_distance, load, run
+from cmbook import frechet_distance, load, reports, run
 from cmbook.data import Digits, TensorData
 from cmbook.evaluation import Moments
 from cmbook.experiment import loads, recipe_text
@@ -178,3 +178,8 @@ def test_knobs_that_mean_nothing_are_refused(knobs, message):
 def test_without_rounds_there_is_no_interval(digits, tmp_path):
     report = Evaluation(**QUICK | {"rounds": 0})(digits, tmp_path)
     assert list(report["figures"]["frechet"]) == ["value"]
+
+
+def test_the_bars_need_no_widgets_of_notebooks():
+    """`tqdm.auto` warns in a notebook without ipywidgets, as soon as it is imported."""
+    assert reports.tqdm.__module__ == "tqdm.std"
