@@ -235,6 +235,43 @@ def test_without_a_frozen_target_the_value_is_the_same_and_the_gradient_another(
     assert float(torch.cosine_similarity(one.flatten(), two.flatten(), 0)) < 0.99
 
 
+def flat_gradient(value, model):
+    found = torch.autograd.grad(value, list(model.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+@pytest.mark.parametrize(
+    ("distance", "bends"),
+    [(L2(), 2 / 2), (PseudoHuber(0.4), 1 / 0.4), (PseudoHuber(), 1 / (0.00054 * 2**0.5))],
+    ids=str,
+)
+def test_without_a_frozen_target_the_gradient_is_theorem_3_by_hand(distance, bends):
+    """½ λ τ'² f'ᵀ H f': H is 2/d for the mean over d = 2, 1/c for pseudo-Huber."""
+    model = dressed(MLP(width=16, depth=2), (2,)).double()
+    x0 = WORLD.sample(20, generator=seeded(0)).x
+    u = torch.rand(20, generator=seeded(3), dtype=torch.float64)
+    noise = normal(x0, seeded(4))
+    loss = ContinuousDistillation(distance=distance, frozen_target=False)(
+        Models(model, None, WORLD.denoiser), Batch(x0), clock=CLOCK,
+        generator=Replay(normals=[noise], uniforms=[u]),
+    )  # fmt: skip
+    sigma, gap = RANGE.warp(u)
+    x, h = x0 + sigma[:, None] * noise, 1e-5 * sigma
+    dx = velocity(x, WORLD.denoiser(x, sigma), sigma)
+    ahead, behind = (model(x + s * h[:, None] * dx, sigma + s * h) for s in (1, -1))
+    change = (ahead - behind) / (2 * h[:, None])
+    mine = (gap * bends * change.square().sum(1) / 2).mean()  # λ = 1/τ' leaves one τ'
+    assert torch.allclose(loss.value, mine, rtol=1e-6)
+    ours, theirs = flat_gradient(loss.value, model), flat_gradient(mine, model)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_a_kinked_pseudo_huber_is_refused_without_a_frozen_target_too():
+    """Its curvature at 0 would be 0, silently, and with it the loss."""
+    with pytest.raises(ValueError, match=r"c > 0; to distill, also L1\(\), Norm\(\)"):
+        ContinuousDistillation(distance=PseudoHuber(0.0), frozen_target=False)
+
+
 @pytest.mark.parametrize("kind", [ContinuousDistillation, ProgressiveDistillation])
 def test_methods_that_distill_ask_for_a_teacher(kind):
     batch = WORLD.sample(3, generator=seeded(0))
