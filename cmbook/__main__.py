@@ -482,7 +482,8 @@ def _save(samples: "Tensor", label: "Tensor | None", out: Path) -> None:
     if out.suffix == ".npz":
         values = samples
         if samples.ndim == 4:  # the layout that evaluators of the field read
-            values = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            values = ((samples + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            values = values.permute(0, 2, 3, 1)
         arrays = [values.numpy()] + ([] if label is None else [label.numpy()])
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_name(f".unfinished-{out.name}")

@@ -297,7 +297,9 @@ def edit(
 ) -> Samples:
     """Samples that agree with a measurement: inpainting, colorization, super-resolution, any A.
 
-    The result agrees with y to rounding, as floats; saving it in 8 bits rounds and clips.
+    The result agrees with y to rounding, some 1e-6 in float32. Saved in 8 bits, known pixels that
+    came from 8 bits are what they were; brightness and means are rounded, and clipped where the
+    result leaves [-1, 1].
 
     Args:
         consistency: A consistency model.
