@@ -106,6 +106,14 @@ def test_measurements_of_two_different_images_are_refused():
         measure.pinv((torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 8, 8)))
 
 
+def test_questions_that_repeat_each_other_are_answered_once():
+    """Dependent rows are no contradiction, as long as their answers agree; in float32 too."""
+    rows_of_it = torch.cat([MATRIX[:5], MATRIX[:5] + MATRIX[1:6]]).float()
+    measure, x = Linear(rows_of_it, (3, 8, 8)), images(dtype=torch.float32)
+    made = edited(measure(x), measure)
+    assert torch.allclose(measure(made), measure(x), atol=1e-5)
+
+
 # ── the paper's rotations ──
 
 
@@ -331,6 +339,10 @@ def test_interpolation_goes_from_one_sample_to_the_other():
 # ── bad input ──
 
 
+def edited(y, measure, **knobs):
+    return edit(tanh_model, y, measure, noise_range=RANGE, generator=seeded(0), **knobs)
+
+
 BAD = {
     "everything known": (lambda: Inpainting(torch.ones(8, 8) > 0), "every pixel is known"),
     "nothing known": (lambda: Inpainting(torch.zeros(8, 8) > 0), "no pixel is known"),
@@ -339,6 +351,55 @@ BAD = {
     "gray to gray": (lambda: Grayscale()(images(c=1)), "a channel for each weight"),
     "no tiling": (lambda: Downsampling(3)(images()), "do not tile"),
     "a matrix of another size": (lambda: Linear(MATRIX, (1, 8, 8)), "a matrix of 64 columns"),
+    "a mask of another size": (
+        lambda: Inpainting(known_half(4, 4))(images()), r"shape \(4, 4\), the images \(4, 3, 8, 8\)"
+    ),
+    "a mask for another batch": (
+        lambda: edited(images(1), Inpainting(known_half().expand(4, 3, 8, 8))), "of these images"
+    ),
+    "a mask of color for gray": (
+        lambda: edited(images(c=1), Inpainting(known_half().expand(3, 8, 8))), "of these images"
+    ),
+    "color as brightness": (
+        lambda: edited(images(), Grayscale()), r"expected the brightness of images, \(b, 1, h, w\)"
+    ),
+    "one image without a batch": (
+        lambda: edited(images()[0], Downsampling(2)), r"means of patches, \(b, c, h, w\); got"
+    ),
+    "fewer answers than questions": (
+        lambda: edited(torch.zeros(4, 19), Linear(MATRIX, (3, 8, 8))), r"measures \(b, 20\); got"
+    ),
+    "answers that contradict each other": (
+        lambda: edited(torch.eye(2)[:1], Linear(torch.tensor([[1.0, 0.0]] * 2), (2,))),
+        r"misses them by 0\.5\. .* do all come from one sample",
+    ),
+    "a start for another batch": (
+        lambda: edited(images(), Inpainting(known_half()), start=images(3)),
+        r"start has shape \(3, 3, 8, 8\); y belongs to samples of \(4, 3, 8, 8\)",
+    ),
+    "no images": (lambda: edited(images(0), Inpainting(known_half())), "there are no images"),
+    "no levels": (
+        lambda: edited(images(), Inpainting(known_half()), sigmas=torch.empty(0)),
+        "at least one noise level",
+    ),
+    "levels above the range": (
+        lambda: edited(images(), Inpainting(known_half()), sigmas=torch.tensor([81.0, 1.0])),
+        "may start at sigma_max = 80; got 81",
+    ),
+    "strokes above the range": (
+        lambda: stroke(
+            tanh_model, images(), noise_range=NoiseRange(sigma_max=2.0), generator=seeded(0)
+        ),
+        "may start at sigma_max = 2; got 5.38",
+    ),
+    "no noisy images": (lambda: denoise(tanh_model, images(0), torch.ones(0)), "are no images"),
+    "NaN of noise": (
+        lambda: denoise(tanh_model, images(1), torch.tensor([math.nan])), "finite and at least 0"
+    ),
+    "beyond the ends": (
+        lambda: slerp(torch.ones(2, 3), torch.eye(3)[:2], 1.5), r"lie in \[0, 1\]; got 1\.5"
+    ),
+    "no fraction": (lambda: slerp(torch.ones(2, 3), torch.eye(3)[:2], math.nan), "got nan"),
     "shapes differ": (lambda: slerp(torch.ones(2, 3), torch.ones(2, 4), 0.5), "shapes differ"),
     "opposite noise": (lambda: slerp(torch.ones(2, 3), -torch.ones(2, 3), 0.5), "are opposite"),
     "one step": (
