@@ -1,6 +1,7 @@
 """Guidance: exaggerate what a label changes."""
 
 import math
+from functools import update_wrapper
 
 from cmbook.protocols import Denoiser, Labels, PerSample, Samples
 
@@ -28,4 +29,4 @@ def guided(denoise: Denoiser, scale: float) -> Denoiser:
         plain = denoise(x, sigma, None)
         return plain if label is None else plain + scale * (denoise(x, sigma, label) - plain)
 
-    return guide
+    return update_wrapper(guide, denoise, (), ())  # `guide.__wrapped__` is the denoiser

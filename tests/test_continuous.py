@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cmbook.distances import L1, L2, LInf, Norm, PseudoHuber
+from cmbook.guidance import guided
 from cmbook.losses import (
     ContinuousDistillation,
     ContinuousTraining,
@@ -136,6 +137,68 @@ def test_a_compiled_model_is_refused_and_so_is_a_wrapped_one():
     nn.Module.__init__(wrapped)
     with pytest.raises(ValueError, match="differentiate the frozen target"):
         tangent(wrapped, x, torch.ones(2), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_direction_in_half_precision_is_refused(dtype):
+    x = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="float32 samples and directions"):
+        tangent(WORLD.consistency, x, torch.ones(2), x.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "view", [frozen_view, lambda m: guided(m, 2.0), lambda m: frozen_view(guided(m, 2.0))],
+    ids=["frozen", "guided", "both"],
+)  # fmt: skip
+def test_what_would_differentiate_wrongly_is_seen_through_wrappers(view):
+    """In training the target is a frozen view of the student."""
+    x, network = torch.ones(2, 2), MLP(width=16, depth=2)
+    with pytest.raises(ValueError, match="keep the weights in float32"):
+        tangent(view(dressed(network, (2,)).half()), x, torch.ones(2), x)
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        tangent(view(torch.compile(dressed(network, (2,)))), x, torch.ones(2), x)
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        tangent(view(wrapped), x, torch.ones(2), x)
+
+
+def test_one_wrong_sample_is_found_among_larger_ones():
+    def wrong(x, sigma, label=None):
+        first = torch.arange(len(x))[:, None] == 0
+        return torch.where(first, 1e-6 * x.detach(), x) * (1 + 0 * sigma[:, None])
+
+    x = normal(torch.empty(4, 2), seeded(1))
+    with pytest.raises(ValueError, match=r"by 1 \(relative\), at sigma = 0\.3; it is 0"):
+        check_jvp(wrong, x, torch.tensor([0.3, 1.0, 1.0, 1.0]), generator=seeded(2))
+
+
+def test_at_the_boundary_the_kink_is_named():
+    """Just above it the same model passes."""
+    model, x = dressed(MLP(width=16, depth=2), (2,)), normal(torch.empty(4, 2), seeded(1))
+    with pytest.raises(
+        ValueError, match=r"sigma = 0\.002; .* as a consistency model is at sigma_m"
+    ):
+        check_jvp(model, x, torch.full((4,), 0.002), generator=seeded(2))
+    assert check_jvp(model, x, torch.full((4,), 0.0021), generator=seeded(2)) < 1e-6
+
+
+def test_checking_leaves_the_model_as_it_was():
+    """The copy is in float64 and eval mode: dropout would look like a wrong derivative."""
+    model = dressed(ResidualMLP(width=32, depth=1, told=16, dropout=0.5), (1, 8, 8)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = normal(torch.empty(3, 1, 8, 8), seeded(1))
+    assert check_jvp(model, x, torch.ones(3), generator=seeded(2)) < 1e-8
+    assert model.training
+    after = model.state_dict()
+    assert all(after[name].dtype == torch.float32 for name in before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_nothing_to_check_is_refused():
+    with pytest.raises(ValueError, match="no samples to check at"):
+        check_jvp(WORLD.consistency, torch.empty(0, 2), torch.empty(0), generator=seeded(2))
 
 
 # ── curvature ──
