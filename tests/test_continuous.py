@@ -329,6 +329,32 @@ def test_without_a_frozen_target_the_gradient_is_theorem_3_by_hand(distance, ben
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [ContinuousDistillation(), ContinuousTraining(), ContinuousDistillation(frozen_target=False),
+     ProgressiveDistillation()],
+    ids=["distillation", "training", "not frozen", "progressive"],
+)  # fmt: skip
+def test_dropout_is_a_function_of_the_generator(objective):
+    """Of the student and of the target: nothing is left to the global random state."""
+    model = dressed(ResidualMLP(width=32, depth=1, told=16, dropout=0.5), (1, 8, 8)).train()
+    batch = Batch(normal(torch.empty(8, 1, 8, 8), seeded(1)))
+    teacher = dressed(ResidualMLP(width=32, depth=1, told=16), (1, 8, 8), seed=1)
+    losses = []
+    for seed in (0, 1):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            losses.append(
+                objective(
+                    Models(model, frozen_view(model), teacher), batch, clock=CLOCK,
+                    generator=seeded(2),
+                ).per_sample
+            )  # fmt: skip
+            assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*losses)
+
+
 def test_a_kinked_pseudo_huber_is_refused_without_a_frozen_target_too():
     """Its curvature at 0 would be 0, silently, and with it the loss."""
     with pytest.raises(ValueError, match=r"c > 0; to distill, also L1\(\), Norm\(\)"):
@@ -397,6 +423,24 @@ def test_a_perfect_student_of_every_round_walks_as_the_first_teacher():
     batch = WORLD.sample(100, generator=seeded(0))
     models = Models(perfect, None, WORLD.denoiser)
     assert float(objective(models, batch, clock=CLOCK, generator=seeded(1)).value) < 1e-24
+
+
+def test_a_progressive_loss_is_weighed_at_the_level_where_the_step_begins():
+    """By default with the paper's max(1/σ², 1): at a student that says 0, of known targets."""
+    asked = {}
+
+    class Keep:
+        def __call__(self, prediction, target):
+            asked["target"] = target
+            return target.square().mean(1)
+
+    objective = ProgressiveDistillation(steps=8, last=8, distance=Keep())
+    models = Models(lambda x, sigma, label=None: torch.zeros_like(x), None, WORLD.denoiser)
+    batch = WORLD.sample(64, generator=seeded(0))
+    loss = objective(models, batch, clock=CLOCK, generator=seeded(1))
+    weight = (1 / loss.sigma**2).clamp(min=1)
+    assert len(weight.unique()) > 2
+    assert torch.allclose(loss.per_sample, weight * asked["target"].square().mean(1))
 
 
 def test_rounds_halve_the_steps():
