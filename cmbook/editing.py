@@ -35,6 +35,7 @@ from cmbook.protocols import (
     Vector,
 )
 from cmbook.samplers import multistep, one_step
+from cmbook.schedules import check_decreasing
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 STROKE_SIGMAS = (5.38, 2.24)  # levels 16 and 20 of the paper's 40
@@ -62,7 +63,8 @@ class Inpainting:
             `(b, c, h, w)`. The paper's Ω is the opposite: 1 where pixels are to be made.
 
     Raises:
-        ValueError: If `known` is not boolean, or all or no pixels are known.
+        ValueError: If `known` is not boolean, or all or no pixels are known; when called, if it
+            does not fit the images.
 
     Source: Song et al. (2023), App. D, inpainting.
     """
@@ -84,6 +86,12 @@ class Inpainting:
 
     def __call__(self, x: Samples) -> Samples:
         """The image with 0 where it is not known."""
+        sides = zip(self.known.shape[::-1], x.shape[::-1], strict=False)
+        if self.known.ndim > x.ndim or any(k not in (1, side) for k, side in sides):
+            raise ValueError(
+                f"known has shape {tuple(self.known.shape)}, the images {tuple(x.shape)}; expected "
+                "(h, w), (c, h, w) or (b, c, h, w) of these images"
+            )
         return torch.where(self.known.to(x.device), x, torch.zeros_like(x))
 
     def pinv(self, y: Samples) -> Samples:
@@ -99,7 +107,8 @@ class Grayscale:
         weights: How much each channel counts.
 
     Raises:
-        ValueError: When called, if an image has not one channel for each weight.
+        ValueError: When called, if an image has not one channel for each weight, or y has more
+            than one.
 
     Source: Song et al. (2023), App. D, colorization.
     """
@@ -117,6 +126,11 @@ class Grayscale:
 
     def pinv(self, y: Tensor) -> Samples:
         """The shortest color with this brightness: along the weights."""
+        if y.ndim != 4 or y.shape[1] != 1:
+            raise ValueError(
+                f"expected the brightness of images, (b, 1, h, w); got {tuple(y.shape)}. Of color "
+                "images it is measure(images)"
+            )
         column = self._column(y)
         return y * column / column.square().sum()
 
@@ -154,6 +168,11 @@ class Downsampling:
 
     def pinv(self, y: Tensor) -> Samples:
         """Every mean, repeated over its patch."""
+        if y.ndim != 4:
+            raise ValueError(
+                f"expected the means of patches, (b, c, h, w); got {tuple(y.shape)}. Of images "
+                f"they are measure(images), {self.factor} times smaller"
+            )
         return y.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
 
 
@@ -164,15 +183,18 @@ class Linear:
     Attributes:
         matrix: A, shape (m, d), for samples of d numbers.
         shape: Of one sample.
+        tolerance: How far y may be from what any sample measures, in units of the longest row.
 
     Raises:
-        ValueError: If the matrix does not fit the shape.
+        ValueError: If the matrix does not fit the shape; when used, if y does not fit the matrix,
+            or no sample has these measurements.
 
     Source: Song et al. (2023), Algorithm 4, whose A is the full rotation.
     """
 
     matrix: Tensor
     shape: tuple[int, ...]
+    tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or self.matrix.shape[1] != math.prod(self.shape):
@@ -187,10 +209,25 @@ class Linear:
         return y
 
     def pinv(self, y: Tensor) -> Samples:
-        """A⁺ y."""
-        inverse: Tensor = torch.linalg.pinv(self.matrix.double())
-        x: Samples = (y @ inverse.to(y).T).unflatten(1, self.shape)
-        return x
+        """A⁺ y; found in float64."""
+        if y.ndim != 2 or y.shape[1] != len(self.matrix):
+            raise ValueError(
+                f"a matrix of {len(self.matrix)} rows measures (b, {len(self.matrix)}); got "
+                f"{tuple(y.shape)}"
+            )
+        a = self.matrix.to(y.device, torch.float64)
+        # What a float32 matrix says twice, it says twice but for its rounding.
+        rounding = torch.finfo(torch.promote_types(self.matrix.dtype, torch.float32)).eps
+        x = y.double() @ torch.linalg.pinv(a, rtol=max(a.shape) * rounding).T
+        off, longest = float((x @ a.T - y).abs().amax()), float(a.norm(dim=1).amax())
+        if not off <= self.tolerance * longest:
+            raise ValueError(
+                f"no sample has these measurements: the nearest misses them by {off:.2g}. Rows "
+                "that depend on each other must agree; do all come from one sample? If so, allow a "
+                "larger tolerance"
+            )
+        found: Samples = x.to(y.dtype).unflatten(1, self.shape)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +298,10 @@ def _double(y: Any) -> Any:
     return tuple(_double(part) for part in y) if isinstance(y, tuple) else y.double()
 
 
+def _parts(y: Any) -> list[Tensor]:
+    return [t for part in y for t in _parts(part)] if isinstance(y, tuple) else [y]
+
+
 def consistent_with(
     y: Any, measure: Measurement, limit: float | None = 1.0
 ) -> Callable[[Samples], Samples]:
@@ -297,7 +338,9 @@ def edit(
 ) -> Samples:
     """Samples that agree with a measurement: inpainting, colorization, super-resolution, any A.
 
-    The result agrees with y to rounding, as floats; saving it in 8 bits rounds and clips.
+    The result agrees with y to rounding, some 1e-6 in float32. Saved in 8 bits, known pixels that
+    came from 8 bits are what they were; brightness and means are rounded, and clipped where the
+    result leaves [-1, 1].
 
     Args:
         consistency: A consistency model.
@@ -315,14 +358,23 @@ def edit(
 
     Raises:
         ValueError: If values lie far outside [-limit, limit], as those of an image in [0, 255]
-            do, the levels do not decrease, or the measurement does not fit.
+            do, the levels do not decrease or exceed sigma_max, or the measurement or `start` does
+            not fit.
 
     Source: Song et al. (2023), Algorithm 4.
     """
-    start = measure.pinv(y) if start is None else start
+    for part in _parts(y):
+        _check_images(part)
+    known = measure.pinv(y)
+    start = known if start is None else start
+    if start.shape != known.shape:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)}; y belongs to samples of {tuple(known.shape)}"
+        )
     if limit is not None:
         check_values(start, limit)
     sigmas = noise_range.grid(40) if sigmas is None else sigmas
+    _check_levels(sigmas, noise_range)
     x = start + float(sigmas[0]) * normal(start, generator)
     put_back = consistent_with(y, measure, limit)
     return multistep(
@@ -353,12 +405,14 @@ def stroke(
     Note: Algorithm 4 read literally, with everything unknown, would erase the painting first.
 
     Raises:
-        ValueError: If values lie far outside [-1, 1], or the levels do not decrease.
+        ValueError: If values lie far outside [-1, 1], or the levels do not decrease or exceed
+            sigma_max.
 
     Source: Song et al. (2023), App. D, stroke-guided editing; Meng et al. (2021, SDEdit).
     """
     check_values(painting, 1.0)
     sigmas = torch.tensor(STROKE_SIGMAS, dtype=torch.float64) if sigmas is None else sigmas
+    _check_levels(sigmas, noise_range)
     x = painting + float(sigmas[0]) * normal(painting, generator)
     return multistep(consistency, x, sigmas, label, noise_range=noise_range, generator=generator)
 
@@ -378,8 +432,14 @@ def denoise(
         sigma: How much, in the units of the data (images in [-1, 1]).
         label: Classes, if the model has them.
 
+    Raises:
+        ValueError: If there are no images, or sigma is negative or not finite.
+
     Source: Song et al. (2023), App. D, denoising.
     """
+    _check_images(noisy)
+    if not bool(((sigma >= 0) & sigma.isfinite()).all()):
+        raise ValueError(f"sigma must be finite and at least 0; got {sigma.tolist()}")
     return consistency(noisy, sigma, label)
 
 
@@ -397,8 +457,8 @@ def slerp(start: Samples, end: Tensor, fraction: float | PerSample) -> Samples:
         fraction: a, from 0 to 1; one number, or one for each sample.
 
     Raises:
-        ValueError: If the shapes differ, or two noises are opposite, so that no circle is the
-            shortest.
+        ValueError: If the shapes differ, the fraction lies outside [0, 1], or two noises are
+            opposite, so that no circle is the shortest.
 
     Source: Song et al. (2023), App. D, interpolation; Shoemake (1985).
     """
@@ -410,6 +470,8 @@ def slerp(start: Samples, end: Tensor, fraction: float | PerSample) -> Samples:
         raise ValueError("two noises are opposite: there is no shortest way between them")
     angle = cosine.arccos()
     share = torch.as_tensor(fraction, dtype=angle.dtype, device=angle.device).expand_as(angle)
+    if not bool(((share >= 0) & (share <= 1)).all()):
+        raise ValueError(f"fraction must lie in [0, 1]; got {fraction}")
     near = angle < 1e-3  # sin ψ is nearly 0, and a straight line is as good
     sine = torch.where(near, torch.ones_like(angle), angle.sin())
     first = torch.where(near, 1 - share, ((1 - share) * angle).sin() / sine)
@@ -474,6 +536,7 @@ def check_values(images: Samples, limit: float) -> None:
 
     Source: ours.
     """
+    _check_images(images)
     largest = float(images.abs().amax())
     if not largest <= 1.5 * limit:
         hint = " Pixels of 0 ... 255 become x / 127.5 - 1." if largest > 100 else ""
@@ -481,3 +544,21 @@ def check_values(images: Samples, limit: float) -> None:
             f"values should lie in [{-limit:g}, {limit:g}]; the largest is {largest:.4g}.{hint} "
             "For data that are no images, limit=None"
         )
+
+
+def _check_images(images: Tensor) -> None:
+    """Refuse no images at all, and pixels that are still integers."""
+    if not images.numel():
+        raise ValueError(f"there are no images: got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"expected floating-point numbers; got {images.dtype}. Pixels of 0 ... 255 become "
+            "x / 127.5 - 1"
+        )
+
+
+def _check_levels(sigmas: Grid, noise_range: NoiseRange) -> None:
+    check_decreasing(sigmas)
+    top = noise_range.sigma_max
+    if float(sigmas[0]) > top * (1 + 1e-6):  # the model never saw so much noise
+        raise ValueError(f"sigmas may start at sigma_max = {top:g}; got {float(sigmas[0]):g}")

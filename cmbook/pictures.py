@@ -5,7 +5,7 @@ This stands on floor 4, beside `runs`: it needs a model and what is recorded of 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from cmbook.protocols import Generator, Grid, Labels, Samples
 from cmbook.runs import Run
 from cmbook.samplers import prior
 from cmbook.schedules import check_choice, karras_sigmas
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Task = Literal["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"]
 
@@ -64,12 +67,7 @@ def read_picture(path: Path, channels: int, size: tuple[int, int], *, fit: bool 
     import numpy as np
     from PIL import Image, ImageOps
 
-    if channels not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels; this model has {channels}")
-    try:
-        picture = decoded(path.read_bytes(), channels)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+    picture = _opened(path, channels)
     height, width = size
     if picture.size != (width, height):
         if not fit:
@@ -80,6 +78,15 @@ def read_picture(path: Path, channels: int, size: tuple[int, int], *, fit: bool 
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
     return (pixels.view(height, width, channels).permute(2, 0, 1) / 127.5 - 1)[None]
+
+
+def _opened(path: Path, channels: int) -> "Image.Image":
+    if channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels; this model has {channels}")
+    try:
+        return decoded(path.read_bytes(), channels)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def edit_picture(
@@ -124,7 +131,7 @@ def edit_picture(
     """
     check_choice("task", task, get_args(Task))
     shape = tuple(made.record["shape"])
-    _check(made, task, image, mask, sigma, factor, levels, shape)
+    _check(made, task, image, mask, n, sigma, factor, levels, fit, shape)
     noise_range, device = made.recipe.noise_range, next(made.model.parameters()).device
     options: dict[str, Any] = {"label": label, "noise_range": noise_range, "generator": generator}
     if task == "interpolate":
@@ -151,9 +158,17 @@ def _given(
     task: Task, image: Path, shape: tuple[int, ...], factor: int | None, fit: bool
 ) -> Samples:
     """The picture at the size of the model, or smaller for `"superres"` without a factor."""
+    size = shape[1], shape[2]
     if task == "superres" and factor is None:
-        return _small(image, shape[0], (shape[1], shape[2]))
-    return read_picture(image, shape[0], (shape[1], shape[2]), fit=fit)
+        return _small(image, shape[0], size)
+    if task == "superres" and not fit:
+        width, height = _opened(image, shape[0]).size
+        if height < size[0] and width < size[1]:
+            raise ValueError(
+                f"{image} is {width}x{height} pixels, small already; leave out --factor, which is "
+                f"for a picture of {size[1]}x{size[0]}"
+            )
+    return read_picture(image, shape[0], size, fit=fit)
 
 
 def _measurement(
@@ -171,6 +186,11 @@ def _measurement(
         return Downsampling(shape[1] // given.shape[2] if factor is None else factor)
     assert mask is not None  # _check has seen to it
     white = read_picture(mask, 1, (shape[1], shape[2]), fit=fit)[0] > 0
+    if bool(white.all()) or not bool(white.any()):
+        raise ValueError(
+            f"{mask} is all {'white' if bool(white.any()) else 'black'}; a mask is white where to "
+            "fill in and black where to keep the picture"
+        )
     return Inpainting(~white.to(given.device))
 
 
@@ -180,7 +200,8 @@ def _stroke_sigmas(sigma: float | None, levels: int | None, made: Run) -> Grid:
     top = min(STROKE_SIGMAS[0], noise_range.sigma_max) if sigma is None else sigma
     if levels is not None:
         return karras_sigmas(levels + 1, noise_range.sigma_min, top, noise_range.rho)[:-1]
-    return torch.tensor(STROKE_SIGMAS, dtype=torch.float64) * (top / STROKE_SIGMAS[0])
+    sigmas = torch.tensor(STROKE_SIGMAS, dtype=torch.float64) * (top / STROKE_SIGMAS[0])
+    return sigmas[sigmas > noise_range.sigma_min]  # below, a model returns what it is given
 
 
 def _interpolated(
@@ -194,13 +215,7 @@ def _interpolated(
 
 def _small(image: Path, channels: int, size: tuple[int, int]) -> Tensor:
     """A picture whose size divides that of the model."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(image) as file:
-            width, height = file.size
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{image} is no picture that can be read: {error}") from error
+    width, height = _opened(image, channels).size
     factor = size[0] // height
     if factor < 2 or (height * factor, width * factor) != size:
         raise ValueError(
@@ -215,9 +230,11 @@ def _check(
     task: Task,
     image: Path | None,
     mask: Path | None,
+    n: int,
     sigma: float | None,
     factor: int | None,
     levels: int | None,
+    fit: bool,
     shape: tuple[int, ...],
 ) -> None:
     """Refuse what cannot work, before anything is read or drawn."""
@@ -243,10 +260,22 @@ def _check(
     for name, value in (("sigma", sigma), ("factor", factor)):
         if value is not None and task not in used[name]:
             raise ValueError(f"--{name} is for {' and '.join(used[name])}, not for {task}")
-    if sigma is not None and not made.recipe.noise_range.sigma_min < sigma <= (
-        top := made.recipe.noise_range.sigma_max
-    ):
-        raise ValueError(f"sigma must lie within the model's range, up to {top:g}; got {sigma:g}")
+    low, high = made.recipe.noise_range.sigma_min, made.recipe.noise_range.sigma_max
+    if sigma is not None and not low < sigma <= high:
+        raise ValueError(
+            f"--sigma must lie within the model's range, above {low:g} and up to {high:g}; got "
+            f"{sigma:g}"
+        )
+    if fit and task == "superres" and factor is None:
+        raise ValueError(
+            "--fit makes a picture as large as the model's, and superres without --factor needs a "
+            "small one; leave out --fit, or say --factor 2"
+        )
+    if fit and task == "interpolate":
+        raise ValueError("interpolate reads no picture; leave out --fit")
+    if n < (2 if task == "interpolate" else 1):
+        least = "2, the two ends" if task == "interpolate" else "1"
+        raise ValueError(f"--n must be at least {least}; got {n}")
     if levels is not None and (task in ("denoise", "interpolate") or levels < 2):
         raise ValueError(
             f"--levels is at least 2, for tasks of several evaluations; got {levels} for {task}"

@@ -165,11 +165,16 @@ def run(
     """
     if tensorboard:
         summary_writer()  # refuse before anything is made
-    done = None
-    for part, where in rounds(recipe, Path(folder)):
-        again = resume and (done is None or (where / "experiment.toml").is_file())
-        done = _carry_out(part, where, again, overwrite, device, progress, tensorboard)
-    assert done is not None  # there is at least one round
+    parts = rounds(recipe, Path(folder))
+    again = [  # the first round is there to resume; a later one may not have begun
+        resume and (i == 0 or (where / "experiment.toml").is_file())
+        for i, (_, where) in enumerate(parts)
+    ]
+    for (part, where), goes_on in zip(parts, again, strict=True):
+        for teacher in (recipe.teacher, part.teacher):
+            _check_folder(where, teacher, goes_on, overwrite)
+    for (part, where), goes_on in zip(parts, again, strict=True):
+        done = _carry_out(part, where, goes_on, overwrite, device, progress, tensorboard)
     return done
 
 
@@ -180,6 +185,7 @@ def rounds(recipe: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
     """
     if not isinstance(recipe.objective, ProgressiveDistillation):
         return [(recipe, folder)]
+    folder = folder if folder.name not in ("", "..") else folder.resolve()  # . has no name
     parts = [replace(recipe, objective=objective) for objective in recipe.objective.rounds]
     steps = [objective.steps for objective in recipe.objective.rounds]
     folders = [*(folder.with_name(f"{folder.name}-{s}") for s in steps[:-1]), folder]
@@ -458,27 +464,33 @@ def _claim(
 ) -> None:
     """Make sure that no run is lost by writing into this folder."""
     there, saved = folder / "experiment.toml", folder / "checkpoints"
+    _check_folder(folder, recipe.teacher, resume, overwrite)
+    if resume:
+        _check_same(folder, there, recipe, inputs)
+    elif overwrite:
+        for path in (saved, folder / "tensorboard", folder / "log.csv", there):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bool) -> None:
+    """What can be said of a folder before anything is read: several rounds ask at the start."""
+    there, saved = folder / "experiment.toml", folder / "checkpoints"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; --out names the folder of a run")
-    if recipe.teacher is not None:
-        path = Path(recipe.teacher).resolve()
+    if teacher is not None:
+        path = Path(teacher).resolve()
         if folder.resolve() in (path, *path.parents[:2]):
             raise ValueError(f"{folder} holds the teacher of this run; --out names another folder")
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; choose one")
-    if resume:
-        _check_same(folder, there, recipe, inputs)
-    elif overwrite:
-        if saved.exists() and not there.exists():
-            raise ValueError(f"{saved} is no run of cmbook; --out names another folder")
-        for path in (saved, folder / "tensorboard", folder / "log.csv", there):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif there.exists() or saved.exists():
+    if overwrite and saved.exists() and not there.exists():
+        raise ValueError(f"{saved} is no run of cmbook; --out names another folder")
+    if not (resume or overwrite) and (there.exists() or saved.exists()):
         raise ValueError(
             f"{folder} already holds a run; --resume goes on with it, --overwrite replaces it, "
             "--out names another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _check_same(folder: Path, there: Path, recipe: Experiment, inputs: dict[str, str]) -> None:

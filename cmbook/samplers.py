@@ -348,7 +348,8 @@ def greedy_levels(
         a level it did not mean (`m1` for `left`).
 
     Raises:
-        ValueError: If the grid is too short for so many steps, or does not decrease.
+        ValueError: If the grid is too short for so many steps, or does not decrease, or a score
+            is NaN, which is neither better nor worse than another.
 
     Source: Song et al. (2023), App. C, ternary search; released code.
     """
@@ -365,6 +366,8 @@ def greedy_levels(
                 consistency, x, grid[[*chosen, i]], label, noise_range=noise_range, generator=draws
             )
             known[i] = score(samples)
+            if math.isnan(known[i]):
+                raise ValueError(f"the score with level {float(grid[i]):.4g} is NaN; look at it")
         return known[i]
 
     while len(chosen) < steps:
@@ -428,13 +431,20 @@ def invert(
         The best points met, and their errors; each sample is searched for on its own.
 
     Raises:
-        ValueError: If σ is not above sigma_min, where f is the identity.
+        ValueError: If σ is not above sigma_min, where f is the identity, samples are not finite,
+            or there are no iterations.
 
     Source: ours; the question is that of Song et al. (2023), released code, issue 15.
     """
     data = noise_range.sigma_data
-    if not sigma > noise_range.sigma_min:
+    if not noise_range.sigma_min < sigma < math.inf:
         raise ValueError(f"sigma must exceed sigma_min = {noise_range.sigma_min:g}; got {sigma:g}")
+    if iterations < 1 or not 0 < rate < math.inf:
+        raise ValueError(
+            f"expected iterations >= 1 and a rate above 0; got {iterations} and {rate:g}"
+        )
+    if not bool(x0.isfinite().all()):
+        raise ValueError("x0 holds NaN or infinity; only finite samples can be searched for")
     scale, levels = math.hypot(sigma, data), _everywhere(sigma, x0)
     whitened = (x0 / data).clone().requires_grad_(True)
     best, least = whitened.detach().clone(), torch.full_like(levels, math.inf)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from typing import Any, Literal, get_args
 
 import torch
@@ -214,7 +215,7 @@ def frozen_view(model: Denoiser) -> Denoiser:
         with torch.no_grad():
             return model(x, sigma, label)
 
-    return frozen
+    return update_wrapper(frozen, model, (), ())  # `frozen.__wrapped__` is the model
 
 
 def distilled(teacher: Preconditioned, scalings: Scalings) -> Preconditioned:

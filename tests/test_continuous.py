@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cmbook.distances import L1, L2, LInf, Norm, PseudoHuber
+from cmbook.guidance import guided
 from cmbook.losses import (
     ContinuousDistillation,
     ContinuousTraining,
@@ -138,6 +139,69 @@ def test_a_compiled_model_is_refused_and_so_is_a_wrapped_one():
         tangent(wrapped, x, torch.ones(2), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_direction_in_half_precision_is_refused(dtype):
+    x = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="float32 samples and directions"):
+        tangent(WORLD.consistency, x, torch.ones(2), x.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "view", [frozen_view, lambda m: guided(m, 2.0), lambda m: frozen_view(guided(m, 2.0))],
+    ids=["frozen", "guided", "both"],
+)  # fmt: skip
+def test_what_would_differentiate_wrongly_is_seen_through_wrappers(view):
+    """In training the target is a frozen view of the student."""
+    x, network = torch.ones(2, 2), MLP(width=16, depth=2)
+    with pytest.raises(ValueError, match="keep the weights in float32"):
+        tangent(view(dressed(network, (2,)).half()), x, torch.ones(2), x)
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        tangent(view(torch.compile(dressed(network, (2,)))), x, torch.ones(2), x)
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        tangent(view(wrapped), x, torch.ones(2), x)
+
+
+def test_one_wrong_sample_is_found_among_larger_ones():
+    def wrong(x, sigma, label=None):
+        first = torch.arange(len(x))[:, None] == 0
+        return torch.where(first, 1e-6 * x.detach(), x) * (1 + 0 * sigma[:, None])
+
+    x = normal(torch.empty(4, 2), seeded(1))
+    with pytest.raises(ValueError, match=r"by 1 \(relative\), at sigma = 0\.3; it is 0"):
+        check_jvp(wrong, x, torch.tensor([0.3, 1.0, 1.0, 1.0]), generator=seeded(2))
+
+
+def test_at_the_boundary_the_kink_is_named():
+    """Just above it the same model passes."""
+    model, x = dressed(MLP(width=16, depth=2), (2,)), normal(torch.empty(4, 2), seeded(1))
+    with pytest.raises(
+        ValueError, match=r"sigma = 0\.002; .* as a consistency model is at sigma_m"
+    ):
+        check_jvp(model, x, torch.full((4,), 0.002), generator=seeded(2))
+    assert check_jvp(model, x, torch.full((4,), 0.0021), generator=seeded(2)) < 1e-6
+
+
+def test_checking_leaves_the_model_as_it_was():
+    """The copy is in float64 and eval mode: dropout would look like a wrong derivative."""
+    model = dressed(ResidualMLP(width=32, depth=1, told=16, dropout=0.5), (1, 8, 8)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = normal(torch.empty(3, 1, 8, 8), seeded(1))
+    anything = float("inf")
+    assert check_jvp(model, x, torch.ones(3), generator=seeded(2), tolerance=anything) < 1e-8
+    assert model.training
+    after = model.state_dict()
+    assert all(after[name].dtype == torch.float32 for name in before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_nothing_to_check_is_refused():
+    with pytest.raises(ValueError, match="no samples to check at"):
+        check_jvp(WORLD.consistency, torch.empty(0, 2), torch.empty(0), generator=seeded(2))
+
+
 # ── curvature ──
 
 
@@ -235,6 +299,69 @@ def test_without_a_frozen_target_the_value_is_the_same_and_the_gradient_another(
     assert float(torch.cosine_similarity(one.flatten(), two.flatten(), 0)) < 0.99
 
 
+def flat_gradient(value, model):
+    found = torch.autograd.grad(value, list(model.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+@pytest.mark.parametrize(
+    ("distance", "bends"),
+    [(L2(), 2 / 2), (PseudoHuber(0.4), 1 / 0.4), (PseudoHuber(), 1 / (0.00054 * 2**0.5))],
+    ids=str,
+)
+def test_without_a_frozen_target_the_gradient_is_theorem_3_by_hand(distance, bends):
+    """½ λ τ'² f'ᵀ H f': H is 2/d for the mean over d = 2, 1/c for pseudo-Huber."""
+    model = dressed(MLP(width=16, depth=2), (2,)).double()
+    x0 = WORLD.sample(20, generator=seeded(0)).x
+    u = torch.rand(20, generator=seeded(3), dtype=torch.float64)
+    noise = normal(x0, seeded(4))
+    loss = ContinuousDistillation(distance=distance, frozen_target=False)(
+        Models(model, None, WORLD.denoiser), Batch(x0), clock=CLOCK,
+        generator=Replay(normals=[noise], uniforms=[u]),
+    )  # fmt: skip
+    sigma, gap = RANGE.warp(u)
+    x, h = x0 + sigma[:, None] * noise, 1e-5 * sigma
+    dx = velocity(x, WORLD.denoiser(x, sigma), sigma)
+    ahead, behind = (model(x + s * h[:, None] * dx, sigma + s * h) for s in (1, -1))
+    change = (ahead - behind) / (2 * h[:, None])
+    mine = (gap * bends * change.square().sum(1) / 2).mean()  # λ = 1/τ' leaves one τ'
+    assert torch.allclose(loss.value, mine, rtol=1e-6)
+    ours, theirs = flat_gradient(loss.value, model), flat_gradient(mine, model)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [ContinuousDistillation(), ContinuousTraining(), ContinuousDistillation(frozen_target=False),
+     ProgressiveDistillation()],
+    ids=["distillation", "training", "not frozen", "progressive"],
+)  # fmt: skip
+def test_dropout_is_a_function_of_the_generator(objective):
+    """Of the student and of the target: nothing is left to the global random state."""
+    model = dressed(ResidualMLP(width=32, depth=1, told=16, dropout=0.5), (1, 8, 8)).train()
+    batch = Batch(normal(torch.empty(8, 1, 8, 8), seeded(1)))
+    teacher = dressed(ResidualMLP(width=32, depth=1, told=16), (1, 8, 8), seed=1)
+    losses = []
+    for seed in (0, 1):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            losses.append(
+                objective(
+                    Models(model, frozen_view(model), teacher), batch, clock=CLOCK,
+                    generator=seeded(2),
+                ).per_sample
+            )  # fmt: skip
+            assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*losses)
+
+
+def test_a_kinked_pseudo_huber_is_refused_without_a_frozen_target_too():
+    """Its curvature at 0 would be 0, silently, and with it the loss."""
+    with pytest.raises(ValueError, match=r"c > 0; to distill, also L1\(\), Norm\(\)"):
+        ContinuousDistillation(distance=PseudoHuber(0.0), frozen_target=False)
+
+
 @pytest.mark.parametrize("kind", [ContinuousDistillation, ProgressiveDistillation])
 def test_methods_that_distill_ask_for_a_teacher(kind):
     batch = WORLD.sample(3, generator=seeded(0))
@@ -297,6 +424,24 @@ def test_a_perfect_student_of_every_round_walks_as_the_first_teacher():
     batch = WORLD.sample(100, generator=seeded(0))
     models = Models(perfect, None, WORLD.denoiser)
     assert float(objective(models, batch, clock=CLOCK, generator=seeded(1)).value) < 1e-24
+
+
+def test_a_progressive_loss_is_weighed_at_the_level_where_the_step_begins():
+    """By default with the paper's max(1/σ², 1): at a student that says 0, of known targets."""
+    asked = {}
+
+    class Keep:
+        def __call__(self, prediction, target):
+            asked["target"] = target
+            return target.square().mean(1)
+
+    objective = ProgressiveDistillation(steps=8, last=8, distance=Keep())
+    models = Models(lambda x, sigma, label=None: torch.zeros_like(x), None, WORLD.denoiser)
+    batch = WORLD.sample(64, generator=seeded(0))
+    loss = objective(models, batch, clock=CLOCK, generator=seeded(1))
+    weight = (1 / loss.sigma**2).clamp(min=1)
+    assert len(weight.unique()) > 2
+    assert torch.allclose(loss.per_sample, weight * asked["target"].square().mean(1))
 
 
 def test_rounds_halve_the_steps():

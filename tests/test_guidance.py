@@ -186,6 +186,12 @@ def test_without_label_dropout_guidance_is_refused_with_the_reason():
         guided(model, 2.0)(torch.zeros(2, 2), torch.ones(2), torch.ones(2, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_guidance_by_no_number_is_refused(line, scale):
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        guided(line.denoiser, scale)
+
+
 def test_an_impossible_label_dropout_is_refused():
     with pytest.raises(ValueError, match=r"label_dropout must lie in \[0, 1\); got 1"):
         MLP(label_dropout=1.0)

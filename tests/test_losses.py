@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from cmbook.distances import L2, Norm, PseudoHuber
-from cmbook.losses import EDM, AnyObjective, ConsistencyDistillation, ConsistencyTraining
+from cmbook.losses import (
+    EDM,
+    AnyObjective,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ContinuousDistillation,
+)
 from cmbook.losses.regression import Dropout, neighbors, same_noise
 from cmbook.networks import MLP, ResidualMLP
 from cmbook.noise import LogNormal, NoiseRange, PerImage, Replay, add_noise, normal, seeded
@@ -194,7 +200,7 @@ def test_the_target_of_distillation_decays_at_one_rate(step):
     assert ConsistencyDistillation(decay=0.7).target_decay(Clock(step, 10)) == 0.7
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, ContinuousDistillation(frozen_target=False)])
 def test_every_model_is_told_the_class(objective, spy):
     student, target, teacher = (spy(WORLD.denoiser) for _ in range(3))
     label = torch.tensor([2, 0, 1])

@@ -1,6 +1,8 @@
 """Pictures in files: read, edited from the command line, and refused with a reason."""
 
+import struct
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -15,6 +17,16 @@ from cmbook.pictures import edit_picture, read_picture
 
 MODEL = Path(__file__).parents[1] / "notebooks/weights/tinted"
 TINY = ("training.steps=2", "training.batch_size=4", "network={kind='MLP', width=8, depth=2}")
+
+
+def bomb() -> bytes:
+    """A small PNG that says it has 10^10 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +48,9 @@ def here(tmp_path, monkeypatch):
     mask[4:] = 255
     Image.fromarray(mask).save("mask.png")
     Image.fromarray(mask * 0).save("black.png")
+    Image.fromarray(mask * 0 + 255).save("white.png")
+    Path("cut.png").write_bytes(Path("digit.png").read_bytes()[:120])
+    Path("bomb.png").write_bytes(bomb())
     Path("words.png").write_text("no picture")
 
 
@@ -128,6 +143,16 @@ def test_little_noise_changes_a_stroke_little_and_much_noise_much(made):
     assert near < far / 5
 
 
+def test_a_stroke_from_little_noise_is_evaluated_within_the_models_range_alone(made):
+    """The second of the two levels would lie below sigma_min, where nothing is left to do."""
+    told = []
+    hook = made.model.register_forward_pre_hook(lambda model, args: told.append(float(args[1][0])))
+    edited(made, "stroke", "digit.png", sigma=0.003)
+    edited(made, "stroke", "digit.png", sigma=5.38)
+    hook.remove()
+    assert told == pytest.approx([0.003, 5.38, 2.24])
+
+
 def test_an_interpolation_has_so_many_pictures_of_one_class(made):
     found = edited(made, "interpolate", n=5).results
     assert found.shape == (5, 3, 8, 8)
@@ -164,6 +189,19 @@ def test_results_are_saved_as_numbers_in_the_layout_of_the_field():
         assert arrays["arr_1"].tolist() == [0, 1, 2, 3]
 
 
+def test_known_pixels_of_a_saved_inpainting_are_those_of_the_file():
+    """All 256 values, in the known halves of three pictures."""
+    known = torch.arange(3 * 4 * 8 * 3) % 256
+    for pixels in known.byte().view(3, 4, 8, 3).numpy():
+        whole = np.concatenate([pixels, pixels])
+        Image.fromarray(whole).save("many.png")
+        main(["edit", str(MODEL), "--task", "inpaint", "--image", "many.png", "--mask", "mask.png",
+              "--n", "2", "--levels", "2", "--out", "a.npz"])  # fmt: skip
+        with np.load("a.npz") as arrays:
+            assert (arrays["arr_0"][:, :4] == pixels).all()
+            assert not (arrays["arr_0"][:, 4:] == pixels).all()
+
+
 def test_a_model_is_exported_from_the_command_line(others, capsys):
     main(["export", str(others / "gray"), "given/away"])
     assert "given/away" in capsys.readouterr().out
@@ -177,7 +215,17 @@ REFUSED = {
     "words, small": (["superres", "--image", "words.png"], "is no picture that can be read"),
     "wrong size": (["stroke", "--image", "small.png"], "4x4 pixels, expected 8x8; --fit"),
     "odd size": (["superres", "--image", "odd.png"], "must be 1/2, 1/4, ... of 8x8"),
+    "words as a mask": (
+        ["inpaint", "--image", "digit.png", "--mask", "words.png"], "words.png is no picture"
+    ),
+    "cut": (["colorize", "--image", "cut.png"], "cut.png is no picture that can be read"),
+    "cut, small": (["superres", "--image", "cut.png"], "cut.png is no picture that can be read"),
+    "a bomb": (["superres", "--image", "bomb.png"], "bomb.png "),
     "not small": (["superres", "--image", "digit.png"], "say --factor 2"),
+    "small already": (
+        ["superres", "--image", "small.png", "--factor", "2"], "small already; leave out --factor"
+    ),
+    "small, fitted": (["superres", "--image", "small.png", "--fit"], "leave out --fit, or say"),
     "factor that does not tile": (
         ["superres", "--image", "digit.png", "--factor", "3"], "do not tile"
     ),
@@ -186,15 +234,26 @@ REFUSED = {
         ["colorize", "--image", "digit.png", "--mask", "mask.png"], "leave out --mask"
     ),
     "everything known": (
-        ["inpaint", "--image", "digit.png", "--mask", "black.png"], "every pixel is known"
+        ["inpaint", "--image", "digit.png", "--mask", "black.png"],
+        "black.png is all black; a mask is white where to fill in",
+    ),
+    "nothing known": (
+        ["inpaint", "--image", "digit.png", "--mask", "white.png"], "white.png is all white"
     ),
     "sigma of another task": (
         ["colorize", "--image", "digit.png", "--sigma", "1"], "--sigma is for denoise and stroke"
     ),
-    "sigma out of range": (["denoise", "--image", "digit.png", "--sigma", "99"], "up to 20"),
+    **{
+        f"{task} from {sigma}": (
+            [task, "--image", "digit.png", "--sigma", sigma],
+            f"above 0.002 and up to 20; got {sigma}",
+        )
+        for task in ("denoise", "stroke") for sigma in ("0", "0.001", "-1", "nan", "99")
+    },
     "levels of another task": (["denoise", "--image", "digit.png", "--levels", "3"], "--levels"),
     "a picture too many": (["interpolate", "--image", "digit.png"], "leave out --image"),
-    "one step": (["interpolate", "--n", "1"], "at least its 2 ends"),
+    "fitting nothing": (["interpolate", "--fit"], "reads no picture; leave out --fit"),
+    "one step": (["interpolate", "--n", "1"], "--n must be at least 2, the two ends; got 1"),
     "no class": (["colorize", "--image", "digit.png", "--label", "10"], "0 ... 9; got 10"),
     "no results": (["colorize", "--image", "digit.png", "--n", "0"], "--n must be at least 1"),
     "another format": (["colorize", "--image", "digit.png", "--out", "a.jpg"], "--out must end"),

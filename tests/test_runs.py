@@ -8,6 +8,7 @@ import shutil
 import sys
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -603,6 +604,53 @@ def test_a_progressive_run_resumes_in_the_round_where_it_stopped(teacher, tmp_pa
     assert files(tmp_path / "run-4") == before
     ours, theirs = (load(tmp_path / name).model.state_dict() for name in ("run", "undisturbed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_folders_of_all_rounds_are_looked_at_before_the_first(teacher, tmp_path):
+    """A run in the way of the last round shows at once, not after the others are trained."""
+    (tmp_path / "run-2" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run-2 already holds a run"):
+        run(progressive_run(teacher), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run-4").exists()
+
+
+def test_a_round_does_not_overwrite_the_teacher_of_the_first(teacher, tmp_path):
+    """It lies where the second round would: overwriting would delete it after it has taught."""
+    shutil.copytree(teacher, tmp_path / "run-2")
+    before = files(tmp_path / "run-2")
+    recipe = progressive_run(tmp_path / "run-2")
+    with pytest.raises(ValueError, match="run-2 holds the teacher of this run"):
+        run(recipe, tmp_path / "run", overwrite=True, progress=False)
+    assert files(tmp_path / "run-2") == before
+    assert not (tmp_path / "run-4").exists()
+
+
+def test_a_round_that_another_teacher_has_taught_is_not_resumed(teacher, tmp_path):
+    """The first round was made anew, by another seed: the later ones are not its students."""
+    whole = progressive_run(teacher)
+    run(whole, tmp_path / "run", progress=False)
+    other = replace(whole, objective=ProgressiveDistillation(steps=4, last=4), seed=1)
+    run(other, tmp_path / "other", progress=False)
+    for name in ("average", "student"):  # as if training had ended elsewhere
+        weights = f"checkpoints/step-00000006/{name}.safetensors"
+        shutil.copy(tmp_path / "other" / weights, tmp_path / "run-4" / weights)
+    manifest = "checkpoints/step-00000006/manifest.json"
+    sums, theirs = (json.loads((tmp_path / d / manifest).read_text()) for d in ("run-4", "other"))
+    sums |= {f"{n}.safetensors": theirs[f"{n}.safetensors"] for n in ("average", "student")}
+    (tmp_path / "run-4" / manifest).write_text(json.dumps(sums))
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match="run-2 was made from another teacher than this"):
+        run(whole, tmp_path / "run", resume=True, progress=False)
+    assert files(tmp_path / "run") == before
+
+
+def test_the_rounds_of_a_run_in_this_very_folder_lie_beside_it(teacher, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    whole = progressive_run(teacher)
+    for name in (".", "../here", "deeper/.."):
+        folders = [folder.resolve() for _, folder in cmbook.runs.rounds(whole, Path(name))]
+        assert folders == [tmp_path / "here-4", tmp_path / "here-2", tmp_path / "here"]
 
 
 @pytest.fixture(scope="module")

@@ -581,3 +581,66 @@ def test_the_error_of_an_inversion_is_that_of_the_round_trip_and_samples_are_on_
 def test_at_the_boundary_there_is_nothing_to_invert():
     with pytest.raises(ValueError, match="sigma must exceed sigma_min"):
         invert(lambda x, s, label=None: x, torch.zeros(1, 2), 0.002, noise_range=RANGE)
+
+
+def test_the_best_point_met_is_kept_though_the_search_walks_on():
+    """With far too large a rate most steps make it worse."""
+    world, seen = Gaussian.isotropic([0.3], 0.5), []
+
+    def watched(x, sigma, label=None):
+        seen.append(world.consistency(x, sigma))
+        return seen[-1]
+
+    x0 = world.sample(8, generator=seeded(0)).x
+    found = invert(watched, x0, 2.0, noise_range=RANGE, iterations=30, rate=3.0)
+    errors = torch.stack([(y - x0).square().mean(1).sqrt() / 0.5 for y in seen]).detach()
+    assert torch.allclose(found.error, errors.amin(0))
+    assert float((errors[-1] / errors.amin(0)).max()) > 1.1
+    again = world.consistency(found.x, torch.full((8,), 2.0, dtype=torch.float64))
+    assert torch.allclose((again - x0).square().mean(1).sqrt() / 0.5, found.error)
+
+
+def test_every_evaluation_of_a_search_is_told_the_class(spy):
+    label, model = torch.tensor([2, 0]), spy(ROUND.consistency)
+    greedy_levels(
+        model, torch.ones(2, 1), lambda samples: 0.0, RANGE.grid(9), label, steps=3,
+        noise_range=RANGE, seed=0,
+    )  # fmt: skip
+    invert(model, torch.ones(2, 1), 1.0, label, noise_range=RANGE, iterations=2)
+    assert len(model.labels) > 4
+    assert all(told is label for told in model.labels)
+
+
+def test_the_second_level_is_sought_anew():
+    """A level's score depends on those before it: what was known of the first search is stale."""
+    grid, walked = RANGE.grid(40), []
+
+    def model(x, sigma, label=None):
+        if float(sigma[0]) > 79:
+            walked.clear()
+        walked.append(float(sigma[0]))
+        return torch.zeros_like(x)
+
+    def score(samples):
+        i = int((grid - walked[-1]).abs().argmin())
+        return abs(i - (10 if len(walked) == 2 else 25))
+
+    assert torch.equal(greedy(score, grid, 3, model), grid[[0, 10, 25]])
+
+
+def test_a_score_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="is NaN"):
+        greedy(lambda samples: math.nan, RANGE.grid(12), 2)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "value", "words"),
+    [
+        ({"iterations": 0}, 0.0, "expected iterations >= 1"),
+        ({"rate": math.nan}, 0.0, "a rate above 0"),
+        ({}, math.nan, "only finite samples"),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_refused(knobs, value, words):
+    with pytest.raises(ValueError, match=words):
+        invert(ROUND.consistency, torch.full((2, 1), value), 1.0, noise_range=RANGE, **knobs)

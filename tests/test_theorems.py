@@ -238,6 +238,23 @@ def test_theorem_4_for_l1_the_loss_times_n_has_a_limit():
     assert apart[-1] < apart[0] / 2
 
 
+def test_theorem_4_the_limit_is_reached_with_order_one():
+    """Off the exact function by 0.2 σ (2 + tanh x), whose change along a path is positive.
+
+    So |f'| has no kink: on a network the quadrature of the kinks is off by as much as the limit.
+    """
+
+    def rising(x, sigma, label=None):
+        return WORLD.consistency(x, sigma) + 0.2 * sigma[:, None] * (2 + torch.tanh(x))
+
+    models = Models(rising, rising, WORLD.denoiser)
+    limit = continuous(ContinuousDistillation, L1(), weight="uniform", frozen_target=False)(models)
+    intervals = [64, 128, 256, 512]
+    losses = [float(discrete(ConsistencyDistillation, n, L1())(models)) for n in intervals]
+    apart = [abs(n * loss / float(limit) - 1) for n, loss in zip(intervals, losses, strict=True)]
+    assert slope(intervals, apart) == pytest.approx(1.0, abs=0.05)
+
+
 # ── Theorems 5 and 6: the scaled gradients have one limit, with a teacher and without ──
 
 

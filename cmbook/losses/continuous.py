@@ -46,7 +46,8 @@ def curvature(distance: Distance, at: Samples, direction: Samples) -> Samples:
     """
     frozen = at.detach()
     slope = torch.func.grad(lambda y: distance(y, frozen).sum())
-    bent: Samples = torch.func.jvp(slope, (at,), (direction,))[1]
+    # H is symmetric, so backward will do; forward through a norm could not be trained through.
+    bent: Samples = torch.func.vjp(slope, at)[1](direction)[0]
     return bent
 
 
@@ -78,8 +79,8 @@ class ContinuousDistillation:
         calls `l2` what is the norm: `Norm()` with `frozen_target=False`.
 
     Raises:
-        ValueError: If the target is frozen and the distance has no curvature at 0, or if no
-            teacher is given.
+        ValueError: If the target is frozen and the distance has no curvature at 0, if it is
+            `PseudoHuber(0)`, or if no teacher is given.
 
     Source: Song et al. (2023), Theorems 3, 4 and 5.
     """
@@ -93,7 +94,7 @@ class ContinuousDistillation:
 
     def __post_init__(self) -> None:
         check_choice("weight", self.weight, WEIGHTS)
-        if self.frozen_target:
+        if self.frozen_target or self.distance == PseudoHuber(0.0):
             check_smooth(self.distance)
 
     def target_decay(self, clock: Clock) -> float:
@@ -219,6 +220,6 @@ def check_smooth(distance: Distance) -> None:
     if isinstance(distance, KINKED) or distance == PseudoHuber(0.0):
         raise ValueError(
             f"{distance} has a kink at 0 and no curvature, and the limit with a frozen target "
-            "needs one. Use L2() or PseudoHuber(c) with c > 0; to distill, also "
-            "frozen_target=False"
+            "needs one. Use L2() or PseudoHuber(c) with c > 0; to distill, also L1(), Norm() or "
+            "LInf() with frozen_target=False"
         )

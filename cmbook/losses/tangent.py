@@ -36,7 +36,7 @@ def tangent(
     Source: Song et al. (2023), App. B; released CIFAR-10 code, whose `jvp` has the direction
         reversed, and so the sign.
     """
-    _check_differentiable(model, x)
+    _check_differentiable(model, x, dx)
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
         found = torch.func.jvp(
             lambda x, sigma: model(x, sigma, label), (x, sigma), (dx, torch.ones_like(sigma))
@@ -66,13 +66,15 @@ def check_jvp(
         tolerance: Largest relative difference that passes.
 
     Returns:
-        The relative difference: about 1e-9 if all is well.
+        The largest relative difference of any sample: about 1e-9 if all is well.
 
     Raises:
-        ValueError: If the two differ, with the usual reasons.
+        ValueError: If the two differ, with the usual reasons, or there are no samples.
 
     Source: ours.
     """
+    if not len(x):
+        raise ValueError(f"there are no samples to check at: got shape {tuple(x.shape)}")
     _check_differentiable(model, x)
     if isinstance(model, nn.Module):
         model = deepcopy(model).double().eval()
@@ -80,21 +82,21 @@ def check_jvp(
     dx = normal(x, generator)
     with torch.no_grad():
         _, change = tangent(model, x, sigma, dx, label)
-        found = min(  # a network that computes in float32 inside needs a longer step
-            _difference(model, x, sigma, dx, label, change, length) for length in (1e-5, 1e-4, 1e-3)
-        )
-    if not found <= tolerance:
+        lengths = (1e-5, 1e-4, 1e-3)  # a network of float32 inside needs a longer step
+        each = [_difference(model, x, sigma, dx, label, change, length) for length in lengths]
+    found, worst = torch.stack(each).amin(0).max(0)
+    if not float(found) <= tolerance:
         why = (
             "it is 0: something inside detaches its input or computes in inference mode"
-            if not bool(change.any())
+            if not bool(change[worst].any())
             else "an operation inside has a wrong forward-mode rule, rounds (half precision), or "
-            "is random or not smooth"
+            "is random or not smooth, as a consistency model is at sigma_min"
         )
         raise ValueError(
-            f"the forward-mode derivative differs from finite differences by {found:.2g} "
-            f"(relative); {why}"
+            f"the forward-mode derivative differs from finite differences by {float(found):.2g} "
+            f"(relative), at sigma = {float(sigma[worst]):.4g}; {why}"
         )
-    return found
+    return float(found)
 
 
 def _difference(
@@ -105,18 +107,20 @@ def _difference(
     label: Labels | None,
     change: Samples,
     length: float,
-) -> float:
+) -> PerSample:
     """How far a derivative is from the difference quotient, relative to the latter."""
     step = length * sigma
     ahead = model(x + expand(step, x) * dx, sigma + step, label)
     behind = model(x - expand(step, x) * dx, sigma - step, label)
     quotient = (ahead - behind) / expand(2 * step, x)
-    return float((change - quotient).norm() / quotient.norm().clamp(min=1e-300))
+    off, size = ((d.flatten(1).norm(dim=1)) for d in (change - quotient, quotient))
+    found: PerSample = off / size.clamp(min=1e-300)
+    return found
 
 
-def _check_differentiable(model: Denoiser, x: Tensor) -> None:
+def _check_differentiable(model: Denoiser, *given: Tensor) -> None:
     """Refuse what differentiates wrongly without an error."""
-    parts = list(model.modules()) if isinstance(model, nn.Module) else [model]
+    parts = _parts(model)
     if any(isinstance(part, DistributedDataParallel) for part in parts):
         raise ValueError(
             "forward-mode derivatives do not pass through DistributedDataParallel, and its "
@@ -127,13 +131,20 @@ def _check_differentiable(model: Denoiser, x: Tensor) -> None:
             "forward-mode derivatives of a compiled model can be silently wrong; pass the model "
             "as it was before torch.compile"
         )
-    weights = (p for part in parts[:1] if isinstance(part, nn.Module) for p in part.parameters())
-    halves = {t.dtype for t in (x, *weights)} & {torch.float16, torch.bfloat16}
+    weights = (p for part in parts if isinstance(part, nn.Module) for p in part.parameters(False))
+    halves = {t.dtype for t in (*given, *weights)} & {torch.float16, torch.bfloat16}
     if halves:
         raise ValueError(
             f"a derivative in {halves.pop()} would be rounding noise; pass float32 samples and "
-            "keep the weights in float32 (autocast is switched off here)"
+            "directions, and keep the weights in float32 (autocast is switched off here)"
         )
+
+
+def _parts(model: object) -> list[object]:
+    """A model and all that is inside: its modules, and what `frozen_view` and `guided` wrap."""
+    parts: list[object] = list(model.modules()) if isinstance(model, nn.Module) else [model]
+    wrapped = getattr(model, "__wrapped__", None)
+    return parts if wrapped is None else parts + _parts(wrapped)
 
 
 def _is_compiled(part: object) -> bool:
