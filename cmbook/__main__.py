@@ -1,6 +1,6 @@
 """The command line.
 
-cmbook demo | train | sample | edit | evaluate | export | data | configs | notebooks
+cmbook demo | train | sample | edit | evaluate | compare | export | data | configs | notebooks
 """
 
 import os
@@ -270,6 +270,29 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Put two reports of cmbook evaluate side by side, if they were made alike.
+
+    For example:  cmbook compare runs/a/evaluation/report.json runs/b/evaluation/report.json
+
+    Refused if extractor, reference, data or counts differ: then the difference may be theirs.
+    """
+
+    first: tyro.conf.Positional[Path]
+    """A report.json."""
+    second: tyro.conf.Positional[Path]
+    """Another."""
+    comparable_anyway: bool = False
+    """You know better."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook import reports
+
+        print(reports.compare(self.first, self.second, comparable_anyway=self.comparable_anyway))
+
+
+@dataclass(frozen=True)
 class Export:
     """Write the model of a run alone, without what only training needs: to share, or to keep.
 
@@ -494,6 +517,7 @@ Command = (
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Edit, tyro.conf.subcommand("edit")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]

@@ -267,17 +267,28 @@ def compare(first: Path, second: Path, *, comparable_anyway: bool = False) -> st
         comparable_anyway: You know better.
 
     Raises:
-        ValueError: If they differ in extractor, reference, data or counts, naming what.
+        ValueError: If they differ in extractor, reference, data or counts, naming what; or if a
+            file is no report.
 
     Source: ours.
     """
-    a, b = (json.loads(path.read_text(encoding="utf-8")) for path in (first, second))
+    a, b = (_read(path) for path in (first, second))
     terms = ("samples", "extractor", "reference", "data_sha256", "held_out_images", "compared")
     names = tuple(name for name in terms if (a.get(name), b.get(name)) != (None, None))
     references.check_comparable(a, b, names, comparable_anyway=comparable_anyway)
     shared = [name for name in a["figures"] if name in b["figures"]]
     rows = [(name, _shown(a["figures"][name]), _shown(b["figures"][name])) for name in shared]
     return _aligned([("", str(first), str(second)), *rows])
+
+
+def _read(path: Path) -> Report:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no report of cmbook evaluate: {error}") from error
+    if not isinstance(report, dict) or not isinstance(report.get("figures"), dict):
+        raise ValueError(f"{path} is no report of cmbook evaluate: it has no figures")
+    return report
 
 
 def _scores(ours: Tensor | None, new: Tensor | None) -> Report:

@@ -48,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, files: Files, **kwargs: object) -> str:
     """Fill in what a page would otherwise repeat by hand."""
-    markdown = re.sub(r"<!-- help: (\w+) -->", lambda found: help_of(found[1]), markdown)
+    markdown = re.sub(r"<!-- help: ([\w -]+?) -->", lambda found: help_of(found[1]), markdown)
     markdown = re.sub(
         r"<!-- notebooks: ([\d ]+) -->", lambda found: links(files, found[1].split()), markdown
     )
@@ -181,6 +181,6 @@ def help_of(command: str) -> str:
         contextlib.redirect_stdout(said),
         contextlib.suppress(SystemExit),
     ):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     lines = [line.rstrip() for line in said.getvalue().strip().splitlines()]
     return "\n".join(["``` {.text .help}", *lines, "```"])

@@ -171,7 +171,9 @@ def test_the_code_of_a_page_runs(blocks, tmp_path, monkeypatch):
 
 
 def test_the_page_of_a_command_shows_its_help():
-    for command in ("demo", "train", "sample", "edit", "export", "configs"):
+    commands = ["demo", "train", "sample", "edit", "evaluate", "compare", "export", "configs"]
+    commands += ["data get", "data check", "data reference", "data export-lsun", "notebooks"]
+    for command in commands:
         assert f"<!-- help: {command} -->" in API
         shown = load("hooks").help_of(command)
         assert f"usage: cmbook {command}" in shown

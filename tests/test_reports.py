@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cmbook import frechet_distance, load, reports, run
+from cmbook.__main__ import main
 from cmbook.data import Digits, TensorData
 from cmbook.evaluation import Moments
 from cmbook.experiment import loads, recipe_text
@@ -158,6 +159,15 @@ def test_reports_of_equal_terms_are_compared_and_others_refused(digits, tmp_path
     with pytest.raises(ValueError, match="not comparable: samples is 40 here and 50 there"):
         compare(a, c)
     assert "memorized" in compare(a, c, comparable_anyway=True)
+
+
+@pytest.mark.parametrize("text", ["no report", "[]", "{}", '{"figures": 3}'])
+def test_what_is_no_report_is_named(tmp_path, text, capsys):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
+    assert stop.value.code == 1
+    assert "a.json is no report of cmbook evaluate" in capsys.readouterr().err
 
 
 def test_nothing_is_said_of_few_images(digits, tmp_path):
