@@ -220,7 +220,7 @@ class Evaluate:
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run, or of one of its checkpoints."""
+    """Folder of a run, or of one of its checkpoints; or a student that comes with cmbook."""
     n: int = 10_000
     """How many samples. Compare only figures made with the same number."""
     steps: int | None = None
@@ -244,7 +244,7 @@ class Evaluate:
     rounds: int = 20
     """Of the bootstrap; 0 leaves intervals out."""
     out: Path | None = None
-    """Folder for the report; by default RUN/evaluation."""
+    """Folder for the report; by default RUN/evaluation, of a student of cmbook: evaluation."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
 
@@ -254,7 +254,7 @@ class Evaluate:
 
         device = _device(self.device)
         extractor = _extractor(self.features, self.inception, self.inception_sha256, device)
-        out = self.out or self.run / "evaluation"
+        out = self.out or (self.run if self.run.exists() else Path()) / "evaluation"
         evaluation = reports.Evaluation(
             n=self.n,
             steps=self.steps,

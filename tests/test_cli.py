@@ -195,6 +195,13 @@ def test_a_student_of_the_package_draws_at_once(capsys, name):
     assert capsys.readouterr().err == ""
 
 
+def test_a_student_of_the_package_is_still_found_after_it_was_measured():
+    main(["evaluate", "digits/cd", "--n", "20", "--features", "pixels", "--rounds", "0"])
+    assert Path("evaluation/report.json").is_file()
+    main(["sample", "digits/cd", "--n", "4", "--out", "a.png"])
+    assert Path("a.png").is_file()
+
+
 def test_a_run_of_the_user_comes_before_a_student_of_the_package(runs):
     Path("digits").mkdir()
     main(["export", str(runs / "ring"), "digits/cd"])

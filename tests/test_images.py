@@ -472,6 +472,14 @@ def test_check_names_the_broken_file_and_counts_the_others(tmp_path, how):
     checked = inspect.check(folder_with(tmp_path, "1.png", BROKEN[how]))
     assert checked.count == 1
     assert list(checked.broken) == ["1.png"]
+    assert " at 0x" not in str(checked)  # of an object in memory, which says nothing
+
+
+def test_a_broken_file_does_not_count_in_its_class(tmp_path):
+    for name in ("cat/0.png", "dog/0.png"):
+        save(tmp_path / name, noise(8, 8))
+    (tmp_path / "cat/1.png").write_text("hello")
+    assert inspect.check(tmp_path).classes == {"cat": 1, "dog": 1}
 
 
 def test_gray_among_color_and_sizes_can_be_made_alike(tmp_path):

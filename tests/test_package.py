@@ -147,3 +147,10 @@ def test_the_installed_wheel_draws_digits_at_once(installed, tmp_path):
 def test_the_students_of_the_package_take_at_most_3_megabytes():
     sizes = [path.stat().st_size for path in (ROOT / "students").rglob("*") if path.is_file()]
     assert 0 < sum(sizes) <= 3e6
+
+
+def test_the_book_has_a_copy_of_the_figures_that_notebook_09_shows():
+    results, copies = (ROOT.parent / p for p in ("benchmarks/results", "notebooks/weights"))
+    ours = {file.name: file.read_bytes() for file in (results / "fashion").iterdir()}
+    assert ours == {file.name: file.read_bytes() for file in (copies / "fashion").iterdir()}
+    assert {"figures.json", "ct.csv"} <= set(ours)

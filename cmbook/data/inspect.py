@@ -117,6 +117,8 @@ def check(
         for start in range(0, n, 1024):
             tally.add(start, rows[np.arange(start, min(start + 1024, n))])
     label, classes = found.label, _names(found)
+    if label is not None and isinstance(found, Pictures):
+        label = label[[name not in tally.broken for name in found.names]]
     counts = {} if label is None else dict(
         zip(classes, np.bincount(label, minlength=len(classes)).tolist(), strict=True)
     )  # fmt: skip

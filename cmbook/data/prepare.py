@@ -62,7 +62,7 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
 
     Source: ours.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -79,6 +79,8 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"has too many pixels ({error})") from error
+    except UnidentifiedImageError as error:  # whose own words name an object in memory
+        raise ValueError("is no picture that can be read") from error
     except Exception as error:  # damaged pictures raise all kinds of errors
         raise ValueError(f"is no picture that can be read ({error})") from error
     if "A" in picture.mode or "transparency" in picture.info:
