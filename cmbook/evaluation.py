@@ -202,12 +202,14 @@ def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, 
         Precision (share of samples within the real set's balls) and recall (the reverse).
 
     Raises:
-        ValueError: If a set has no more than k samples, or dimensions differ.
+        ValueError: If a set has no more than k samples, k is not positive, or dimensions differ.
 
     Source: Kynkäänniemi et al. (2019), Algorithm 1. They used VGG features; evaluators since have
     used the pool features of Inception.
     """
     a, b = _features(samples, real)
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
     if min(len(a), len(b)) <= k:
         raise ValueError(f"each set needs more than k = {k} samples; got {len(a)} and {len(b)}")
     radius_a, radius_b = _radii(a, k), _radii(b, k)

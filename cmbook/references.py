@@ -77,7 +77,7 @@ class Statistics:
         preprocessing: str | None = "as stored",
     ) -> "Statistics":
         """The statistics of what an extractor has seen."""
-        made = _provenance(extractor, size, data, preprocessing)
+        made = provenance(extractor, size, data, preprocessing)
         moments, spatial = _moments_of(activations)
         return cls(moments, spatial, replace(made, images=moments.count))
 
@@ -105,7 +105,7 @@ class Statistics:
                 places = spatial if places is None else places + spatial
         if whole is None:
             raise ValueError("there are no images to take statistics of")
-        made = _provenance(extractor, size, data, preprocessing)
+        made = provenance(extractor, size, data, preprocessing)
         return cls(whole, places, replace(made, images=whole.count))
 
 
@@ -192,19 +192,12 @@ def load_statistics(path: Path) -> Statistics:
         raise ValueError(
             f"{path} holds no statistics: expected mu and sigma, got {_listed(arrays)}"
         )
-    provenance = Provenance()
-    if "provenance" in arrays:
-        told: dict[str, Any] = json.loads(str(arrays["provenance"]))
-        known = {entry.name for entry in fields(Provenance)}
-        told = {name: value for name, value in told.items() if name in known}
-        if told.get("size") is not None:
-            told["size"] = tuple(told["size"])
-        provenance = Provenance(**told)
+    made = _told_provenance(path, arrays.get("provenance"))
     spatial = None
     if "mu_s" in arrays and "sigma_s" in arrays:
-        spatial = _moments(path, arrays["mu_s"], arrays["sigma_s"], provenance.images)
-    moments = _moments(path, arrays["mu"], arrays["sigma"], provenance.images)
-    return Statistics(moments, spatial, provenance)
+        spatial = _moments(path, arrays["mu_s"], arrays["sigma_s"], made.images)
+    moments = _moments(path, arrays["mu"], arrays["sigma"], made.images)
+    return Statistics(moments, spatial, made)
 
 
 def save_samples(
@@ -243,7 +236,14 @@ def load_samples(path: Path) -> tuple[Samples, Labels | None]:
             f"{x.dtype} {x.shape}"
         )
     values = torch.from_numpy(x)
-    label = torch.from_numpy(arrays["arr_1"]).long() if "arr_1" in arrays else None
+    label = None
+    if "arr_1" in arrays:
+        told = arrays["arr_1"]
+        if told.dtype.kind not in "iu" or told.shape != (len(x),):
+            raise ValueError(
+                f"{path}: expected arr_1 with {len(x)} whole numbers; got {told.dtype} {told.shape}"
+            )
+        label = torch.from_numpy(told.astype(np.int64))
     return (from_bytes(values.permute(0, 3, 1, 2)) if images else values.float()), label
 
 
@@ -270,9 +270,16 @@ def _moments_of(seen: Activations) -> tuple[Moments, Moments | None]:
     return Moments.of(seen.features), None if spatial is None else Moments.of(spatial)
 
 
-def _provenance(
-    extractor: Extractor, size: tuple[int, ...], data: str | None, preprocessing: str | None
+def provenance(
+    extractor: Extractor,
+    size: tuple[int, ...],
+    data: str | None = None,
+    preprocessing: str | None = None,
 ) -> Provenance:
+    """What an extractor's statistics of images of a size will say, but for their number.
+
+    Source: ours.
+    """
     return Provenance(
         data,
         preprocessing,
@@ -283,12 +290,37 @@ def _provenance(
     )
 
 
+def _told_provenance(path: Path, text: Any) -> Provenance:
+    """The provenance that a file tells, or that nothing is known."""
+    if text is None:
+        return Provenance()
+    try:
+        told: dict[str, Any] = dict(json.loads(str(text)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its provenance cannot be read: {error}") from error
+    known = {entry.name for entry in fields(Provenance)}
+    told = {name: value for name, value in told.items() if name in known and value is not None}
+    if isinstance(told.get("size"), list):
+        told["size"] = tuple(told["size"])
+    for name, value in told.items():
+        kind = {"images": int, "size": tuple}.get(name, str)
+        if type(value) is not kind:
+            raise ValueError(f"{path}: its provenance says {name} = {value!r}")
+    return Provenance(**told)
+
+
 def _moments(path: Path, mean: Any, covariance: Any, count: int | None) -> Moments:
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise ValueError(f"{path}: mean and covariance must be real numbers")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: mean or covariance holds NaN or infinity")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{path}: mean {mean.shape} and covariance {covariance.shape} do not fit; expected "
             "(d,) and (d, d)"
         )
+    if not np.allclose(covariance, covariance.T):
+        raise ValueError(f"{path}: the covariance is not symmetric")
     return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
 
 

@@ -438,7 +438,7 @@ def test_reference_statistics_of_a_folder_say_where_they_come_from():
     statistics = load_statistics(Path("ref.npz"))
     told = statistics.provenance
     assert (told.data, told.images, told.size) == ("set", 30, (3, 16, 16))
-    assert (told.preprocessing, told.extractor) == ("ADM center crop", "glyphnet")
+    assert (told.preprocessing, told.extractor) == ("ADM center crop, upright", "glyphnet")
     seen = extract(GlyphNet(), Images("set", 16).build().in_order(7))
     torch.testing.assert_close(statistics.moments.mean, seen.features.double().mean(0))
     torch.testing.assert_close(statistics.moments.covariance, seen.features.double().T.cov())

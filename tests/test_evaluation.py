@@ -341,3 +341,8 @@ def test_an_interval_repeats():
 def test_an_interval_of_nothing_is_refused(sets, knobs):
     with pytest.raises(ValueError, match="bootstrap needs"):
         bootstrap(mean, *[draws(4, 1) for _ in sets], generator=seeded(0), **knobs)
+
+
+def test_no_neighbor_sets_no_radius():
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
+        precision_recall(torch.zeros(5, 2), torch.zeros(5, 2), k=0)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,31 @@ def test_every_known_file_has_an_address_a_size_and_a_checksum():
             assert file.urls
             assert file.size > 0
             assert len(file.sha256 or "") == 64 or len(file.md5 or "") == 32
+
+
+def test_a_file_that_was_cut_on_the_way_is_gone_on_with(tmp_path, source):
+    whole = source.read_bytes()
+    source.write_bytes(whole[:4000])  # the server hangs up, and says nothing
+    with pytest.raises(ValueError, match=r"it has 4,000 bytes instead of 10,240"):
+        fetch.fetch(remote(source), tmp_path / "data", progress=False)
+    source.write_bytes(bytes(4000) + whole[4000:])
+    place = fetch.fetch(remote(source), tmp_path / "data", progress=False)
+    assert place.read_bytes() == CONTENT
+
+
+def test_an_answer_that_is_none_leads_to_the_next_address(tmp_path, source, monkeypatch):
+    opened = fetch.urllib.request.urlopen
+
+    def odd(request, **knobs):
+        if "odd" in request.full_url:
+            raise HTTPException("garbage")
+        return opened(request, **knobs)
+
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", odd)
+    both = Remote("set.bin", ("http://odd/", source.as_uri()), len(CONTENT), SHA256)
+    assert fetch.fetch(both, tmp_path / "data", progress=False).is_file()
+
+
+def test_a_wrong_md5_is_noticed_where_no_other_checksum_is_known(tmp_path, source):
+    with pytest.raises(ValueError, match="its md5 is"):
+        fetch.fetch(remote(source, sha256=None, md5=32 * "0"), tmp_path / "data", progress=False)

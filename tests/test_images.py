@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -546,6 +547,129 @@ def test_a_cut_idx_file_is_named(tmp_path, cut):
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(ValueError, match="train-images-idx3-ubyte is not a whole idx file"):
         Images(str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_damaged_or_too_long_idx_file_is_named(tmp_path, packed):
+    idx_folder(tmp_path, packed)
+    file = next(tmp_path.glob("train-images*"))
+    data = bytearray(file.read_bytes())
+    if packed:
+        data[-6] ^= 1  # in the checksum
+    else:
+        data += b"more"
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="is not a whole idx file"):
+        Images(str(tmp_path)).build()
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (np.array([10**12, 0]), "labels must lie in 0"),
+        (np.array([-1, 0]), "labels must lie in 0"),
+        (np.array([0.5, 1]), "labels must be integers, got float64"),
+        (np.array(["a", "b"]), "labels must be integers"),
+        (np.array([0]), "expected 2 whole numbers as labels"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path, label, says):
+    np.savez(tmp_path / "set.npz", noise(2, 4, 4), label)
+    with pytest.raises(ValueError, match=says):
+        inspect.check(tmp_path / "set.npz")
+
+
+def test_no_images_are_refused(tmp_path):
+    np.savez(tmp_path / "set.npz", noise(0, 4, 4))
+    with pytest.raises(ValueError, match="holds no images"):
+        inspect.check(tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"labels": [["a.png", 1000000000000000000000000000000]]}', "expected 1 whole numbers"),
+        ('{"labels": [["b.png", 1]]}', "no label for 'a.png'"),
+        ("[" * 100_000, "cannot be read as labels"),
+    ],
+)
+def test_a_dataset_json_that_is_none_is_named(tmp_path, text, says):
+    out = io.BytesIO()
+    Image.fromarray(noise(4, 4)).save(out, "png")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as packed:
+        packed.writestr("a.png", out.getvalue())
+        packed.writestr("dataset.json", text)
+    with pytest.raises(ValueError, match=says):
+        Images(str(tmp_path / "set.zip")).build()
+
+
+def test_a_damaged_member_of_an_archive_is_named(tmp_path):
+    out = io.BytesIO()
+    Image.fromarray(noise(16, 16)).save(out, "png")
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        for name in ("a.png", "b.png"):
+            packed.writestr(name, out.getvalue())
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT", data.index(b"b.png")) + 20] ^= 255
+    path.write_bytes(bytes(data))
+    assert list(inspect.check(path).broken) == ["b.png"]
+    with pytest.raises(ValueError, match=r"1 of 2 pictures cannot be used: b.png"):
+        Images(str(path)).build()
+
+
+@pytest.mark.parametrize("names", [5, ["a"], [b"a"]])
+def test_class_names_that_are_none_are_refused(tmp_path, names):
+    (tmp_path / "data_batch_1").write_bytes(
+        as_python_2({b"data": noise(2, 3072), b"labels": [0, 1]})
+    )
+    (tmp_path / "batches.meta").write_bytes(as_python_2({b"label_names": names}))
+    with pytest.raises(ValueError, match=r"no list of names|larger than the 1 classes"):
+        Images(str(tmp_path)).build()
+
+
+def test_color_of_16_bits_is_named(tmp_path):
+    ihdr = struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + bytes(12) for _ in range(2)))
+    chunks = [(b"IHDR", ihdr), (b"IDAT", rows), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    with pytest.raises(ValueError, match=r"deep.png has 16 bits a color"):
+        Images(str(tmp_path)).build()
+
+
+def test_gray_with_transparency_is_gray(tmp_path):
+    save(tmp_path / "0.png", noise(4, 4))
+    Image.fromarray(noise(4, 4)).convert("LA").save(tmp_path / "1.png")
+    assert Images(str(tmp_path)).build().shape == (1, 4, 4)
+
+
+def test_folders_that_are_links_are_followed(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png", noise(4, 4))
+    save(tmp_path / "set" / "a" / "1.png", noise(4, 4))
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
+    assert Images(str(tmp_path / "set")).build().classes == 2
+
+
+def test_folders_of_equal_names_sizes_and_times_are_told_apart(tmp_path):
+    for folder, level in (("one", 1), ("two", 2)):
+        save(tmp_path / folder / "0.png", np.full((4, 4), level, np.uint8))
+        os.utime(tmp_path / folder / "0.png", ns=(1, 1))
+    one, two = (Images(str(tmp_path / folder)).build() for folder in ("one", "two"))
+    assert one.sha256() != two.sha256()
+
+
+@pytest.mark.parametrize("damage", ["images.u8", "finished.json"])
+def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
+    save(tmp_path / "0.png", noise(4, 4))
+    before = Images(str(tmp_path)).build().sha256()
+    next(cache.glob(f"*/{damage}")).write_bytes(b"")
+    after = Images(str(tmp_path)).build()
+    assert after.sha256() == before
+    np.testing.assert_array_equal(after.rows[np.array([0])][0, 0], noise(4, 4))
 
 
 def test_labels_that_do_not_fit_are_refused(tmp_path):

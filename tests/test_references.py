@@ -106,8 +106,17 @@ def test_every_difference_is_named():
         ({"arr_0": np.zeros(3)}, "holds no statistics"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "do not fit"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((1, 1))}, "cannot be read"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "must be real numbers"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1) * 1j}, "must be real numbers"),
+        ({"mu": np.array([np.nan]), "sigma": np.eye(1)}, "NaN or infinity"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 1], [0, 1]])}, "not symmetric"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("{")}, "provenance"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("[1]")}, "provenance"),
+        (
+            {"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array('{"images": "9"}')},
+            "images = '9'",
+        ),
     ],
-    ids=["no statistics", "shapes", "pickle"],
 )
 def test_bad_statistics_are_named(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)

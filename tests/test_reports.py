@@ -130,7 +130,9 @@ def test_data_without_held_out_images_are_halved(digits, tmp_path, monkeypatch):
     label = Digits().build().label
     monkeypatch.setattr(Digits, "build", lambda self: TensorData(x, label, classes=10))
     report = Evaluation(**QUICK)(digits, tmp_path)
-    assert (report["training_images"], report["held_out_images"]) == (599, 599)
+    assert (report["training_images"], report["held_out_images"]) == (599, 0)
+    assert report["reference"]["data"] == "half of the run's training set"
+    assert not any(name.startswith("memorized") for name in report["figures"])
 
 
 def test_many_training_images_are_sampled_fairly(digits, tmp_path, monkeypatch):
@@ -159,11 +161,41 @@ def test_reports_of_equal_terms_are_compared_and_others_refused(digits, tmp_path
     with pytest.raises(ValueError, match="not comparable: samples is 40 here and 50 there"):
         compare(a, c)
     assert "memorized" in compare(a, c, comparable_anyway=True)
+    (tmp_path / "d.json").write_text('{"figures": {"a": 1}}')
+    with pytest.raises(ValueError, match="not comparable: samples is unknown here"):
+        compare(tmp_path / "d.json", tmp_path / "d.json")
 
 
-@pytest.mark.parametrize("text", ["no report", "[]", "{}", '{"figures": 3}'])
-def test_what_is_no_report_is_named(tmp_path, text, capsys):
-    (tmp_path / "a.json").write_text(text)
+def test_references_of_which_nothing_is_known_are_told_apart_by_their_file(digits, tmp_path):
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        sigma = scale * np.eye(GlyphNet()(torch.zeros(2, 1, 8, 8)).features.shape[1])
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(len(sigma)), sigma=sigma)
+        knobs = {"reference": tmp_path / f"{name}.npz", "comparable_anyway": True}
+        Evaluation(**{**QUICK, "extractor": GlyphNet(), **knobs})(digits, tmp_path / name)
+    with pytest.raises(ValueError, match="reference_file_sha256 is"):
+        compare(tmp_path / "a" / "report.json", tmp_path / "b" / "report.json")
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_anything_is_drawn(digits, tmp_path):
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(64), sigma=np.eye(64))
+    with pytest.raises(ValueError, match="not comparable"):
+        Evaluation(**{**QUICK, "reference": tmp_path / "ref.npz"})(digits, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no report",
+        "[]",
+        "{}",
+        '{"figures": 3}',
+        '{"figures": {"a": [1]}}',
+        '{"figures": {"a": {}}}',
+    ],
+)
+def test_what_is_no_report_is_named(tmp_path, figures, capsys):
+    (tmp_path / "a.json").write_text(f'{{"figures": {figures}}}')
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
     assert stop.value.code == 1

@@ -6,6 +6,7 @@ import tarfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 BLOCK = 1 << 20
@@ -60,16 +61,17 @@ def fetch(remote: Remote, folder: Path, *, progress: bool = True) -> Path:
         for url in remote.urls:
             try:
                 _go_on(url, partial, remote.size, bar)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                reasons.append(f"{url}: {getattr(error, 'reason', error)}")
+            except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+                reasons.append(f"{url}: {getattr(error, 'reason', None) or repr(error)}")
                 continue
             wrong = _wrong(partial, remote)
             if not wrong:
                 partial.replace(place)
                 return place
-            partial.unlink()
-            bar.reset()
             reasons.append(f"{url}: {wrong}")
+            if partial.stat().st_size >= remote.size:  # a shorter one was cut, and is gone on with
+                partial.unlink()
+                bar.reset()
     raise ValueError(
         f"{remote.name} could not be fetched ({'; '.join(reasons)}). On a machine with a network, "
         f"download it from one of these addresses and put it into {folder}"

@@ -33,7 +33,7 @@ class Images:
         labelled: Whether the network is told the class; `None`: if there are any.
         flip: Whether every image is shown as its mirror image half of the time.
         upright: Whether a photograph is turned the way its camera was held. The official code
-            ignores that.
+            ignores that: `false` gives its pixels, bit for bit.
         limit: Use only so many images, the first in order.
         held_out: The share kept aside, where the files hold no test set of their own.
 

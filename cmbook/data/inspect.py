@@ -59,7 +59,7 @@ class Checked:
         if self.classes and min(self.classes.values()) * 10 < max(self.classes.values()):
             few = min(self.classes, key=self.classes.__getitem__)
             said.append(f"classes differ much in size: {few!r} has {self.classes[few]}")
-        if self.count and abs(self.std / 0.5 - 1) > 0.1:
+        if self.std > 0 and abs(self.std / 0.5 - 1) > 0.1:
             said.append(
                 f"sigma_data is {self.std:.2f}, the default 0.5: set noise_range.sigma_data="
                 f"{self.std:.2f}"
@@ -103,10 +103,12 @@ def check(
         sheet: How many images to keep for a picture.
 
     Raises:
-        ValueError: If there are no images at all.
+        ValueError: If there are no images at all, or the size is not positive.
 
     Source: ours.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 pixel; got {size}")
     found, _ = readers.find(path)
     n = len(found.names) if isinstance(found, Pictures) else len(found.rows)
     tally = _Tally(every=max(1, n // max(sheet, 1)), room=sheet)
@@ -161,10 +163,9 @@ def _read_pictures(found: Pictures, tally: _Tally, size: int | None, channels: i
     from tqdm import tqdm
 
     for i in tqdm(range(len(found.names)), desc="reading", disable=len(found.names) < 500):
-        try:
-            picture = prepare.decoded(found.open(i), channels)
-        except (OSError, ValueError) as error:
-            tally.broken[found.names[i]] = str(error)
+        picture = prepare.attempt(found.open, i, lambda data: prepare.decoded(data, channels))
+        if isinstance(picture, str):
+            tally.broken[found.names[i]] = picture
             continue
         if size is not None:
             picture = prepare.center_crop(picture, size)

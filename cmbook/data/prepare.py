@@ -72,6 +72,8 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
             raise ValueError(f"is {picture.width}x{picture.height} pixels, which is too large")
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"has {picture.mode} pixels; save it as a picture of 8-bit colors")
+        if any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ())):
+            raise ValueError("has 16 bits a color; save it as a picture of 8-bit colors")
         if upright:
             picture = ImageOps.exif_transpose(picture)
         picture.load()
@@ -83,10 +85,10 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
         raise ValueError("is no picture that can be read") from error
     except Exception as error:  # damaged pictures raise all kinds of errors
         raise ValueError(f"is no picture that can be read ({error})") from error
+    gray = channels == 1 or (channels is None and picture.mode in ("1", "L", "LA"))
     if "A" in picture.mode or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    gray = channels == 1 or (channels is None and picture.mode in ("1", "L", "LA"))
     return picture.convert("L" if gray else "RGB")
 
 
@@ -115,7 +117,7 @@ def prepared(found: Found, size: int | None, channels: Channels, upright: bool) 
         return out.getvalue()
 
     jobs = _Jobs(len(rows), as_png, lambda i: f"image {i}", rows.unlabelled().sha256())
-    made = _cached(found.name, jobs, size, channels, upright)
+    made = _cached(found.name, jobs, size, channels, upright=False)
     return replace(made, label=rows.label, classes=rows.classes)
 
 
@@ -127,7 +129,10 @@ def cache_folder() -> Path:
     named = os.environ.get("CMBOOK_CACHE")
     if named:
         return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ValueError(f"{error}; the variable CMBOOK_CACHE names a cache folder") from error
     return Path(base) / "cmbook"
 
 
@@ -142,7 +147,7 @@ class _Jobs:
 
 def _cached(origin: str, jobs: _Jobs, size: int | None, channels: Channels, upright: bool) -> Rows:
     """The prepared images, from the cache or newly made."""
-    first = _attempt(jobs, 0, lambda data: decoded(data, channels, upright))
+    first = attempt(jobs.read, 0, lambda data: decoded(data, channels, upright))
     if isinstance(first, str):
         raise ValueError(f"{origin}: {jobs.name(0)} {first}")
     kind = 1 if first.mode == "L" else 3
@@ -150,9 +155,9 @@ def _cached(origin: str, jobs: _Jobs, size: int | None, channels: Channels, upri
     height, width = side or (first.height, first.width)
     shape = (jobs.n, kind, height, width)
     one = partial(_one, channels=channels, upright=upright, size=size, shape=shape[1:])
-    key = hashlib.sha256(repr((1, jobs.stamp, shape, upright, size)).encode()).hexdigest()[:24]
-    place = cache_folder() / key
-    if not (place / "finished.json").is_file():
+    facts = (2, jobs.stamp, shape, upright, size, channels)
+    place = cache_folder() / hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    if _fingerprint(place, shape) is None:
         try:
             _make(origin, jobs, one, shape, place)
         except PermissionError as error:
@@ -160,10 +165,21 @@ def _cached(origin: str, jobs: _Jobs, size: int | None, channels: Channels, upri
                 f"the cache {cache_folder()} cannot be written ({error.strerror}); the variable "
                 "CMBOOK_CACHE names another folder"
             ) from error
-    facts = json.loads((place / "finished.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place)) from error
     images = np.memmap(place / "images.u8", np.uint8, "r", 0, shape)
-    preparation = "as stored" if size is None else "ADM center crop"
-    return Rows((images,), preparation=preparation, fingerprint=facts["sha256"])
+    made = ["as stored" if size is None else "ADM center crop", *(["upright"] if upright else [])]
+    return Rows((images,), preparation=", ".join(made), fingerprint=_fingerprint(place, shape))
+
+
+def _fingerprint(place: Path, shape: tuple[int, ...]) -> str | None:
+    """That of a finished cache; `None` if it is not finished, or damaged."""
+    try:
+        facts = json.loads((place / "finished.json").read_text(encoding="utf-8"))
+        whole = (place / "images.u8").stat().st_size == int(np.prod(shape))
+        return str(facts["sha256"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _one(
@@ -204,8 +220,9 @@ def _make(
         (place / "done").open("a+b") as marks,
         ThreadPoolExecutor(os.cpu_count()) as workers,
     ):
-        if (place / "finished.json").is_file():  # another process has made it while this one waited
+        if _fingerprint(place, shape) is not None:  # made by another process while this one waited
             return
+        (place / "finished.json").unlink(missing_ok=True)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(images.fileno(), 0, shape[0] * each)  # a full disk shows here
         marks.seek(0)
@@ -217,7 +234,7 @@ def _make(
         with bar:
             for start in starts:
                 chunk = range(start, min(start + CHUNK, jobs.n))
-                results = list(workers.map(lambda i: _attempt(jobs, i, one), chunk))
+                results = list(workers.map(lambda i: attempt(jobs.read, i, one), chunk))
                 wrong = {i: r for i, r in zip(chunk, results, strict=True) if isinstance(r, str)}
                 bad |= wrong
                 if not wrong:
@@ -234,12 +251,15 @@ def _make(
         _finish(place, {"origin": origin, "sha256": Rows((whole,)).sha256(), "shape": list(shape)})
 
 
-def _attempt(jobs: _Jobs, i: int, use: Callable[[bytes], Any]) -> Any:
-    """What `use` makes of a file, or the reason why it cannot."""
+def attempt(read: Callable[[int], bytes], i: int, use: Callable[[bytes], Any]) -> Any:
+    """What `use` makes of file number i, or the reason why it cannot.
+
+    Source: ours.
+    """
     try:
-        return use(jobs.read(i))
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        return str(error)
+        return use(read(i))
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        return str(error)  # RuntimeError: an archive with a password, or packed in an unknown way
 
 
 def _write(file: Any, position: int, data: bytes) -> None:

@@ -9,10 +9,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +30,7 @@ Label = NDArray[np.int64]
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 HUB = "hf://"
 LARGEST_FILE = 2**28  # bytes of one picture's file, unpacked
+MOST_CLASSES = 100_000
 IN_MEMORY = 2**31  # arrays up to this many bytes are read at once; larger ones must be mapped
 
 
@@ -156,7 +159,12 @@ def find(path: str | Path) -> tuple[Found, Found | None]:
     """
     if str(path).startswith(HUB):
         return hub(str(path)), None
-    there = Path(path).expanduser()
+    try:
+        there = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not str(path).strip():
+        raise ValueError("data.path is empty; it names a file or folder")
     if there.suffix in (".npz", ".npy") and there.is_file():
         return _npz([there], str(path)), None
     if there.is_file() and zipfile.is_zipfile(there):
@@ -209,11 +217,17 @@ def read_idx(file: Path) -> NDArray[np.uint8]:
             shape = struct.unpack(f">{axes}I", stream.read(4 * axes))
             if math.prod(shape) > IN_MEMORY:
                 raise ValueError(f"it claims to hold {math.prod(shape):,} bytes")
+            begin = 4 + 4 * axes
             if not packed:
-                return np.memmap(file, np.uint8, "r", 4 + 4 * axes, shape)
+                size = file.stat().st_size
+                if size != begin + math.prod(shape):
+                    raise ValueError(f"it has {size:,} bytes, its header says otherwise")
+                return np.memmap(file, np.uint8, "r", begin, shape)
             data = stream.read(math.prod(shape))
+            if stream.read(1):  # which also makes gzip compare its checksum
+                raise ValueError("it goes on after what its header says")
         return np.frombuffer(data, np.uint8).reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
+    except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
         raise ValueError(f"{file} is not a whole idx file: {error}") from error
 
 
@@ -232,14 +246,15 @@ def idx_pair(folder: Path, name: str) -> Stored:
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}; cmbook data get fetches it")
         found[kind] = read_idx(file)
-    images, label = found["images-idx3"], found["labels-idx1"].astype(np.int64)
-    if images.ndim != 3 or label.shape != (len(images),):
+    images, label = found["images-idx3"], found["labels-idx1"]
+    if images.ndim != 3 or not len(images) or label.shape != (len(images),):
         raise ValueError(
             f"{folder}: {name} has images {images.shape} but labels {label.shape}; they do not "
             "belong together"
         )
-    classes = tuple(str(i) for i in range(10)) if label.max() < 10 else ()
-    return Stored(Rows((images[:, None],), label, classes), f"{folder} ({name})")
+    number = _checked(label, len(images), folder)
+    classes = tuple(str(i) for i in range(10)) if number.max() < 10 else ()
+    return Stored(Rows((images[:, None],), number, classes), f"{folder} ({name})")
 
 
 def cifar(folder: Path, batches: list[str]) -> Stored:
@@ -257,16 +272,22 @@ def cifar(folder: Path, batches: list[str]) -> Stored:
     for name in batches:
         read = _unpickled(folder / name)
         try:
-            images.append(np.asarray(read[b"data"], np.uint8).reshape(-1, 3, 32, 32))
-            labels.append(np.asarray(read[b"labels"], np.int64))
-            if len(images[-1]) != len(labels[-1]):
-                raise ValueError(f"{len(images[-1])} images but {len(labels[-1])} labels")
-        except (KeyError, TypeError, ValueError) as error:
+            data = np.asarray(read[b"data"])
+            if data.dtype != np.uint8:
+                raise ValueError(f"its data are {data.dtype}, expected uint8")
+            images.append(data.reshape(-1, 3, 32, 32))
+            labels.append(_checked(np.asarray(read[b"labels"]), len(images[-1]), folder / name))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{folder / name} is no batch of CIFAR-10: {error}") from error
     classes = tuple(str(i) for i in range(10))
     meta = folder / "batches.meta"
     if meta.is_file():
-        classes = tuple(word.decode() for word in _unpickled(meta).get(b"label_names", ()))
+        names = _unpickled(meta).get(b"label_names", ())
+        if not isinstance(names, list | tuple) or not all(isinstance(n, bytes) for n in names):
+            raise ValueError(f"{meta} holds no list of names")
+        classes = tuple(name.decode("latin1") for name in names)
+    if max(int(label.max()) for label in labels) >= len(classes):
+        raise ValueError(f"{folder}: a label is larger than the {len(classes)} classes")
     return Stored(Rows(tuple(images), np.concatenate(labels), classes), str(folder))
 
 
@@ -282,8 +303,9 @@ def folder(root: Path) -> Pictures:
 
     Source: Dhariwal and Nichol (2021), released code (flat layout).
     """
-    every = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES)
-    names = [file.relative_to(root).as_posix() for file in every]
+    every = [Path(at) / name for at, _, there in os.walk(root, followlinks=True) for name in there]
+    chosen = sorted(file for file in every if file.suffix.lower() in PICTURES)
+    names = [file.relative_to(root).as_posix() for file in chosen]
     names = [name for name in names if not any(s.startswith(".") for s in name.split("/"))]
     files = [root / name for name in names]
     empty = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -296,7 +318,7 @@ def folder(root: Path) -> Pictures:
             f"{root}: the class {sorted(empty)[0]!r} has no pictures; fill its folder or remove it"
         )
     facts = [(name, file.stat()) for name, file in zip(names, files, strict=True)]
-    stamp = _stamp([(name, s.st_size, s.st_mtime_ns) for name, s in facts])
+    stamp = _stamp([str(root.resolve()), *((n, s.st_size, s.st_mtime_ns) for n, s in facts)])
     label, classes = _classes(names, str(root))
     return Pictures(tuple(names), lambda i: _bounded(files[i]), stamp, str(root), label, classes)
 
@@ -317,6 +339,7 @@ def archive(file: Path) -> Pictures:
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is not a whole .zip archive: {error}") from error
     entries = [e for e in packed.infolist() if Path(e.filename).suffix.lower() in PICTURES]
+    entries = [entry for entry in entries if not entry.is_dir()]
     entries = sorted((e for e in entries if "__MACOSX" not in e.filename), key=lambda e: e.filename)
     if not entries:
         raise ValueError(f"{file} holds no pictures")
@@ -459,9 +482,10 @@ def read_npz(file: Path) -> Rows:
     label = next((found[k] for k in ("arr_1", "labels") if k in found), None)
     flat = images.ndim == 2
     if label is not None:
+        if label.dtype.kind not in "iu":
+            raise ValueError(f"{file}: labels must be integers, got {label.dtype}")
         label = label.astype(np.int64).ravel() - (1 if flat else 0)
-        if len(label) != len(images):
-            raise ValueError(f"{file} has {len(images)} images but {len(label)} labels")
+        label = _checked(label, len(images), file)
     classes = found.get("label_names", np.empty(0, str))
     return Rows((_planes(images, file),), label, tuple(str(name) for name in classes))
 
@@ -481,6 +505,8 @@ def _npz(files: list[Path], name: str) -> Stored:
 def _planes(images: Bytes, file: Path) -> Bytes:
     """Any layout as (n, channels, height, width), without a copy."""
     shape = images.shape
+    if not images.size:
+        raise ValueError(f"{file} holds no images: {shape}")
     side = math.isqrt(shape[1] // 3) if images.ndim == 2 else 0
     if images.ndim == 2 and side and shape[1] == 3 * side * side:
         return images.reshape(-1, 3, side, side)
@@ -590,10 +616,26 @@ def _dataset_json(text: bytes, names: list[str], file: Path) -> Label | None:
         labels = json.loads(text)["labels"]
         if labels is None:
             return None
-        of = {str(name): int(label) for name, label in labels}
-        return np.array([of[name] for name in names], np.int64)
-    except (ValueError, TypeError, KeyError) as error:
+        of = {str(name): label for name, label in labels}
+        return _checked(np.array([of[name] for name in names]), len(names), file)
+    except KeyError as error:
         raise ValueError(f"{file}: dataset.json gives no label for {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: dataset.json cannot be read as labels: {error}") from error
+
+
+def _checked(label: NDArray[Any], n: int, origin: Path) -> Label:
+    """Labels that are `n` whole numbers from 0, and not absurdly large."""
+    if label.dtype.kind not in "iu" or label.shape != (n,):
+        raise ValueError(
+            f"{origin}: expected {n} whole numbers as labels; got {label.dtype} {label.shape}"
+        )
+    if n and not 0 <= int(label.min()) <= int(label.max()) < MOST_CLASSES:
+        raise ValueError(
+            f"{origin}: labels must lie in 0 ... {MOST_CLASSES - 1}; got {label.min()} ... "
+            f"{label.max()}"
+        )
+    return label.astype(np.int64)
 
 
 def _bounded(file: Path) -> bytes:
