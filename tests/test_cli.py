@@ -439,6 +439,7 @@ def test_reference_statistics_of_a_folder_say_where_they_come_from():
     told = statistics.provenance
     assert (told.data, told.images, told.size) == ("set", 30, (3, 16, 16))
     assert (told.preprocessing, told.extractor) == ("ADM center crop, upright", "glyphnet")
-    seen = extract(GlyphNet(), Images("set", 16).build().in_order(7))
-    torch.testing.assert_close(statistics.moments.mean, seen.features.double().mean(0))
-    torch.testing.assert_close(statistics.moments.covariance, seen.features.double().T.cov())
+    seen = extract(GlyphNet(), Images("set", 16).build().in_order(7)).features.double()
+    near = {"atol": 1e-4, "rtol": 1e-4}  # features of another batch size differ in float32
+    torch.testing.assert_close(statistics.moments.mean, seen.mean(0), **near)
+    torch.testing.assert_close(statistics.moments.covariance, seen.T.cov(), **near)
