@@ -34,10 +34,10 @@ THIRD_PARTY = {
 }
 STANDARD = {
     "ast", "base64", "collections", "concurrent", "contextlib", "copy", "csv", "dataclasses",
-    "difflib", "fcntl", "functools", "gzip", "hashlib", "http", "importlib", "io", "itertools", "json",
-    "math", "os", "pathlib", "pickle", "platform", "re", "shlex", "shutil", "signal", "struct",
-    "sys", "tarfile", "threading", "time", "tomllib", "types", "typing", "urllib", "warnings",
-    "zipfile", "zlib",
+    "difflib", "fcntl", "functools", "gzip", "hashlib", "http", "importlib", "io", "itertools",
+    "json", "math", "os", "pathlib", "pickle", "platform", "re", "shlex", "shutil", "signal",
+    "struct", "sys", "tarfile", "threading", "time", "tomllib", "types", "typing", "urllib",
+    "warnings", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
