@@ -11,6 +11,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -660,6 +661,18 @@ def test_folders_of_equal_names_sizes_and_times_are_told_apart(tmp_path):
         os.utime(tmp_path / folder / "0.png", ns=(1, 1))
     one, two = (Images(str(tmp_path / folder)).build() for folder in ("one", "two"))
     assert one.sha256() != two.sha256()
+
+
+def test_the_fingerprint_of_pictures_tells_their_classes(tmp_path):
+    for folder, classes in (("one", "ab"), ("two", "ba")):
+        for c, level in zip(classes, (1, 2), strict=True):
+            save(tmp_path / folder / c / "0.png", np.full((4, 4), level, np.uint8))
+    flat = [Images(str(tmp_path / f)).build().rows for f in ("one", "two")]
+    first, second = (rows[np.array([0, 1])] for rows in flat)
+    np.testing.assert_array_equal(first, second[::-1])
+    assert flat[0].sha256() != flat[0].unlabelled().sha256()
+    relabelled = replace(flat[0], label=flat[0].label[::-1].copy())
+    assert relabelled.sha256() != flat[0].sha256()
 
 
 @pytest.mark.parametrize("damage", ["images.u8", "finished.json"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cmbook.data.tensors import fresh
 from cmbook.noise import integers, seeded, uniform
 from cmbook.protocols import Batch
 
@@ -74,12 +75,7 @@ class GlyphData:
         Raises:
             ValueError: If the size is not positive.
         """
-        if size < 1:
-            raise ValueError(f"a batch needs at least 1 sample; got size {size}")
-        k = start
-        while True:
-            yield self._draw(size, seeded(seed, "data", k))
-            k += 1
+        return fresh(self._draw, size, seed, start)
 
     def held_out(self) -> Batch:
         """1,000 images of a stream of their own."""

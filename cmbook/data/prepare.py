@@ -101,14 +101,13 @@ def prepared(found: Found, size: int | None, channels: Channels, upright: bool) 
     Source: ours.
     """
     if isinstance(found, Pictures):
-        jobs = _Jobs(len(found.names), found.open, found.names.__getitem__, found.stamp)
-        rows = _cached(found.name, jobs, size, channels, upright)
+        rows = _cached(found, size, channels, upright)
         return replace(rows, label=found.label, classes=found.classes)
     rows, (c, height, width) = found.rows, found.rows.shape
     if (size or height, size or width, channels or c) == (height, width, c):
         return rows
 
-    def as_png(i: int) -> bytes:
+    def as_file(i: int) -> bytes:
         from PIL import Image
 
         pixels = rows[np.array([i])][0]
@@ -116,8 +115,9 @@ def prepared(found: Found, size: int | None, channels: Channels, upright: bool) 
         Image.fromarray(pixels[0] if c == 1 else pixels.transpose(1, 2, 0)).save(out, "bmp")
         return out.getvalue()
 
-    jobs = _Jobs(len(rows), as_png, lambda i: f"image {i}", rows.unlabelled().sha256())
-    made = _cached(found.name, jobs, size, channels, upright=False)
+    names = tuple(f"image {i}" for i in range(len(rows)))
+    pictures = Pictures(names, as_file, rows.unlabelled().sha256(), found.name)
+    made = _cached(pictures, size, channels, upright=False)
     return replace(made, label=rows.label, classes=rows.classes)
 
 
@@ -136,30 +136,21 @@ def cache_folder() -> Path:
     return Path(base) / "cmbook"
 
 
-class _Jobs:
-    """What is to be prepared."""
-
-    def __init__(
-        self, n: int, read: Callable[[int], bytes], name: Callable[[int], str], stamp: str
-    ) -> None:
-        self.n, self.read, self.name, self.stamp = n, read, name, stamp
-
-
-def _cached(origin: str, jobs: _Jobs, size: int | None, channels: Channels, upright: bool) -> Rows:
+def _cached(found: Pictures, size: int | None, channels: Channels, upright: bool) -> Rows:
     """The prepared images, from the cache or newly made."""
-    first = attempt(jobs.read, 0, lambda data: decoded(data, channels, upright))
+    first = attempt(found.open, 0, lambda data: decoded(data, channels, upright))
     if isinstance(first, str):
-        raise ValueError(f"{origin}: {jobs.name(0)} {first}")
+        raise ValueError(f"{found.name}: {found.names[0]} {first}")
     kind = 1 if first.mode == "L" else 3
     side = size and (size, size)
     height, width = side or (first.height, first.width)
-    shape = (jobs.n, kind, height, width)
+    shape = (len(found.names), kind, height, width)
     one = partial(_one, channels=channels, upright=upright, size=size, shape=shape[1:])
-    facts = (2, jobs.stamp, shape, upright, size, channels)
+    facts = (2, found.stamp, shape, upright, size, channels)
     place = cache_folder() / hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
     if _fingerprint(place, shape) is None:
         try:
-            _make(origin, jobs, one, shape, place)
+            _make(found, one, shape, place)
         except PermissionError as error:
             raise ValueError(
                 f"the cache {cache_folder()} cannot be written ({error.strerror}); the variable "
@@ -205,13 +196,14 @@ def _one(
 
 
 def _make(
-    origin: str, jobs: _Jobs, one: Callable[[bytes], Bytes], shape: tuple[int, ...], place: Path
+    found: Pictures, one: Callable[[bytes], Bytes], shape: tuple[int, ...], place: Path
 ) -> None:
     """Prepare all images, going on where an earlier attempt was killed."""
     from tqdm import tqdm
 
     place.mkdir(parents=True, exist_ok=True)
     bad: dict[int, str] = {}
+    n = len(found.names)
     each = int(np.prod(shape[1:]))
     (place / "images.u8").touch()
     with (
@@ -227,14 +219,14 @@ def _make(
             os.posix_fallocate(images.fileno(), 0, shape[0] * each)  # a full disk shows here
         marks.seek(0)
         done = {int(line) for line in marks.read().split(b"\n")[:-1] if line.isdigit()}
-        starts = [s for s in range(0, jobs.n, CHUNK) if s not in done]
-        bar = tqdm(total=jobs.n, initial=jobs.n - sum(min(CHUNK, jobs.n - s) for s in starts),
-                   desc=f"preparing {origin}", unit="image", mininterval=0.5,
-                   disable=jobs.n < 500)  # fmt: skip
+        starts = [s for s in range(0, n, CHUNK) if s not in done]
+        bar = tqdm(total=n, initial=n - sum(min(CHUNK, n - s) for s in starts),
+                   desc=f"preparing {found.name}", unit="image", mininterval=0.5,
+                   disable=n < 500)  # fmt: skip
         with bar:
             for start in starts:
-                chunk = range(start, min(start + CHUNK, jobs.n))
-                results = list(workers.map(lambda i: attempt(jobs.read, i, one), chunk))
+                chunk = range(start, min(start + CHUNK, n))
+                results = list(workers.map(lambda i: attempt(found.open, i, one), chunk))
                 wrong = {i: r for i, r in zip(chunk, results, strict=True) if isinstance(r, str)}
                 bad |= wrong
                 if not wrong:
@@ -242,13 +234,15 @@ def _make(
                     os.write(marks.fileno(), f"{start}\n".encode())
                 bar.update(len(chunk))
         if bad:
-            named = "; ".join(f"{jobs.name(i)} {why}" for i, why in list(bad.items())[:5])
+            named = "; ".join(f"{found.names[i]} {why}" for i, why in list(bad.items())[:5])
             more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
             raise ValueError(
-                f"{origin}: {len(bad)} of {jobs.n} pictures cannot be used: {named}{more}"
+                f"{found.name}: {len(bad)} of {n} pictures cannot be used: {named}{more}"
             )
         whole = np.memmap(place / "images.u8", np.uint8, "r", 0, shape)
-        _finish(place, {"origin": origin, "sha256": Rows((whole,)).sha256(), "shape": list(shape)})
+        _finish(
+            place, {"origin": found.name, "sha256": Rows((whole,)).sha256(), "shape": list(shape)}
+        )
 
 
 def attempt(read: Callable[[int], bytes], i: int, use: Callable[[bytes], Any]) -> Any:

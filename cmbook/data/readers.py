@@ -17,7 +17,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -43,7 +42,7 @@ class Rows:
         label: Classes from 0, or `None`.
         classes: Their names, if known.
         preparation: What was done to them since they were stored.
-        fingerprint: Of images and labels, where it has been taken before.
+        fingerprint: Of the images alone, where it has been taken before.
     """
 
     parts: tuple[Bytes, ...]
@@ -88,14 +87,14 @@ class Rows:
 
     def unlabelled(self) -> "Rows":
         """The images alone."""
-        return replace(self, label=None, classes=(), fingerprint=None)
+        return replace(self, label=None, classes=())
 
     def sha256(self) -> str:
         """A fingerprint of images and labels."""
-        if self.fingerprint is not None:
+        if self.fingerprint is not None and self.label is None:
             return self.fingerprint
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for part in self.parts:
+        digest = hashlib.sha256((self.fingerprint or repr(self.shape)).encode())
+        for part in self.parts if self.fingerprint is None else ():
             for start in range(0, len(part), 4096):
                 digest.update(part[start : start + 4096].tobytes())
         if self.label is not None:
@@ -565,7 +564,7 @@ class _Inert(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         core = ("numpy.core.multiarray", "numpy._core.multiarray")
         if name == "_reconstruct" and module in core:
-            return partial(_empty_array)
+            return _empty_array
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 pickles them in protocol 2

@@ -5,8 +5,9 @@ loader state to save and a resumed run sees what the undisturbed run would have 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import count
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -136,6 +137,22 @@ def endless(n: int, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         orders = torch.cat([order(epoch) for epoch in range(first, last + 1)])
         yield orders[position - first * n :][:size]
         position += size
+
+
+def fresh(
+    draw: Callable[[int, torch.Generator], Batch], size: int, seed: int, start: int = 0
+) -> Iterator[Batch]:
+    """Batches `start`, `start + 1`, ... of a source that never repeats, each from its own stream.
+
+    Raises:
+        ValueError: If the size is not positive.
+
+    Source: ours.
+    """
+    if size < 1:
+        raise ValueError(f"a batch needs at least 1 sample; got size {size}")
+    for k in count(start):
+        yield draw(size, seeded(seed, "data", k))
 
 
 def check_samples(x: Samples, bounded: bool = True, what: str = "sample") -> None:

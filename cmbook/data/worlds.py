@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmbook.data.tensors import fingerprint
+from cmbook.data.tensors import fingerprint, fresh
 from cmbook.noise import seeded
 from cmbook.oracle import GaussianMixture
 from cmbook.protocols import Batch
@@ -122,12 +122,7 @@ class ToyData:
         Raises:
             ValueError: If the size is not positive.
         """
-        if size < 1:
-            raise ValueError(f"a batch needs at least 1 sample; got size {size}")
-        k = start
-        while True:
-            yield self._draw(size, seeded(seed, "data", k))
-            k += 1
+        return fresh(self._draw, size, seed, start)
 
     def held_out(self) -> Batch:
         """5,000 points of a stream of their own."""
