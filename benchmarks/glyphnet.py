@@ -1,6 +1,6 @@
 """Make the weights of `GlyphNet`: train it to read letters and digits in many fonts.
 
-    python benchmarks/glyphnet.py [STEPS]        (default 2000: ten minutes of one core)
+    python benchmarks/glyphnet.py [STEPS]        (default 2000: 27 minutes of one busy core)
 
 Images are endless: one of 62 characters in one of 20 fonts of matplotlib, at random size, place,
 turn, ink and paper. Writes cmbook/weights/glyphnet.safetensors in half precision and
