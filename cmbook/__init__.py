@@ -146,6 +146,9 @@ if TYPE_CHECKING:
         MLP as MLP,
     )
     from cmbook.networks import (
+        NCSNpp as NCSNpp,
+    )
+    from cmbook.networks import (
         ResidualMLP as ResidualMLP,
     )
     from cmbook.networks import (
@@ -327,7 +330,7 @@ _NAMES = {
     ),
     # floor 1 · models
     "cmbook.parameterization": "ConsistencyScalings EDMScalings Preconditioned",
-    "cmbook.networks": "MLP ResidualMLP UNet",
+    "cmbook.networks": "MLP ResidualMLP UNet NCSNpp",
     # floor 2 · algorithms
     "cmbook.losses": (
         "EDM ProgressiveDistillation ConsistencyDistillation ConsistencyTraining "

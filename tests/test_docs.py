@@ -32,7 +32,7 @@ API = "\n".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.
 FLOORS_0_TO_2 = [
     *["protocols", "noise", "schedules", "conventions", "ode", "distances", "weights", "guidance"],
     *[f"oracle.{name}" for name in ("worlds", "dataset", "guided", "distance", "integrate")],
-    *["parameterization", "networks.blocks", "networks.mlp", "networks.unet"],
+    *["parameterization", "networks.blocks", "networks.mlp", "networks.unet", "networks.ncsnpp"],
     *[f"losses.{name}" for name in ("regression", "tangent", "edm", "progressive", "cd", "ct")],
     *["losses.continuous", "samplers", "editing"],
 ]
@@ -40,6 +40,7 @@ ABOVE = [
     *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
     *["data.prepare", "data.inspect", "data.fetch"],
     *["training", "checkpoints", "evaluation", "clouds", "features", "references"],
+    *[f"interop.{name}" for name in ("foreign", "openai")],
     *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
@@ -106,9 +107,9 @@ def test_every_public_name_has_a_docstring(name):
 
 
 def test_every_module_of_floors_0_to_2_is_checked_for_sources():
-    packages = ["cmbook", "cmbook.data", "cmbook.losses", "cmbook.networks", "cmbook.oracle"]
+    packages = [f"cmbook.{name}" for name in ("data", "interop", "losses", "networks", "oracle")]
     listed = [f"cmbook.{name}" for name in [*FLOORS_0_TO_2, *ABOVE, "__main__"]]
-    assert sorted([*listed, *packages]) == modules()
+    assert sorted([*listed, *packages, "cmbook"]) == modules()
 
 
 @pytest.mark.parametrize(("name", "text"), public_definitions())

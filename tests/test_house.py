@@ -18,7 +18,7 @@ FLOORS = {
     3: {
         *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
     },
-    4: {"experiment", "runs", "board", "reports", "pictures", "plotting"},
+    4: {"experiment", "runs", "interop", "board", "reports", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
@@ -29,7 +29,10 @@ THIRD_PARTY = {
         *["torch", "numpy", "safetensors", "sklearn", "scipy", "PIL", "tqdm"],
         *["datasets", "lmdb"],
     },
-    4: {"torch", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"},
+    4: {
+        *["torch", "einops", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"],
+        *["safetensors", "diffusers"],
+    },
     5: {"torch", "tyro", "numpy", "matplotlib"},
 }
 STANDARD = {

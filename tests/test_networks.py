@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmbook.networks import MLP, ResidualMLP, UNet
-from cmbook.networks.blocks import Sinusoids
+from cmbook.networks.blocks import Sinusoids, octaves
 from cmbook.noise import normal, seeded
 
 IMAGES = [
@@ -116,7 +116,7 @@ def test_neighboring_noise_levels_have_different_embeddings():
     from cmbook.noise import NoiseRange
 
     c_noise = NoiseRange().grid(151).log().float() / 4
-    gaps = Sinusoids(64)(c_noise).diff(dim=0).norm(dim=1)
+    gaps = Sinusoids(octaves(64))(c_noise).diff(dim=0).norm(dim=1)
     assert float(gaps.min()) > 0.05
 
 

@@ -4,8 +4,9 @@ Each family is a frozen dataclass of knobs with `build(shape, classes)`, which m
 """
 
 from cmbook.networks.mlp import MLP, ResidualMLP
+from cmbook.networks.ncsnpp import NCSNpp
 from cmbook.networks.unet import UNet
 
-Network = MLP | ResidualMLP | UNet
+Network = MLP | ResidualMLP | UNet | NCSNpp
 
-__all__ = ["MLP", "Network", "ResidualMLP", "UNet"]
+__all__ = ["MLP", "NCSNpp", "Network", "ResidualMLP", "UNet"]

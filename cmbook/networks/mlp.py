@@ -6,7 +6,14 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from cmbook.networks.blocks import Conditioning, check_dropout, check_sizes, zeroed
+from cmbook.networks.blocks import (
+    Conditioning,
+    Sinusoids,
+    check_dropout,
+    check_sizes,
+    octaves,
+    zeroed,
+)
 from cmbook.protocols import Labels, PerSample, Samples
 
 
@@ -44,7 +51,9 @@ class MLPModule(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: MLP) -> None:
         super().__init__()
         size, width = math.prod(shape), knobs.width
-        self.conditioning = Conditioning(width, classes, knobs.label_dropout)
+        self.conditioning = Conditioning(
+            width, Sinusoids(octaves(64)), classes, knobs.label_dropout
+        )
         self.inlet = nn.Linear(size, width)
         self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(knobs.depth - 1)])
         self.outlet = nn.Linear(width, size)
@@ -94,7 +103,9 @@ class ResidualMLPModule(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: ResidualMLP) -> None:
         super().__init__()
         size, width = math.prod(shape), knobs.width
-        self.conditioning = Conditioning(knobs.told, classes, knobs.label_dropout)
+        self.conditioning = Conditioning(
+            knobs.told, Sinusoids(octaves(64)), classes, knobs.label_dropout
+        )
         self.inlet = nn.Linear(size, width)
         self.blocks = nn.ModuleList(
             [_Block(width, knobs.told, knobs.dropout) for _ in range(knobs.depth)]

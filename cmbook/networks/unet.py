@@ -1,23 +1,48 @@
 """The U-Net for images: down to coarse features, up again, with a bridge at every resolution.
 
-Blocks follow the ADM of Dhariwal and Nichol (2021), at a size that trains on a laptop.
+One file from a laptop's 180,000 parameters to the ADM of Dhariwal and Nichol (2021) with the
+296 million of ImageNet 64x64 and the 526 million of LSUN 256x256.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from cmbook.networks.blocks import Conditioning, check_dropout, check_sizes, zeroed
+from cmbook.networks.blocks import (
+    Conditioning,
+    Double,
+    GroupNorm,
+    Groups,
+    Halve,
+    ResidualBlock,
+    Sinusoids,
+    check_dropout,
+    check_image,
+    check_sizes,
+    geometric,
+    octaves,
+    zeroed,
+)
 from cmbook.protocols import Labels, PerSample, Samples
 
 
 @dataclass(frozen=True)
 class UNet:
-    """A U-Net for images of 8x8 to 32x32.
+    """A U-Net for images.
+
+    The defaults train on a laptop. The network of the paper's ImageNet 64x64 models is
+
+        >>> imagenet64 = UNet(
+        ...     channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8),
+        ...     head_channels=64, middle=True, resample="block", time_scale=1000.0, groups="all",
+        ... )  # build((3, 64, 64), 1000): 295,899,267 parameters
+
+    and that of its LSUN 256x256 models has `channels=256, multipliers=(1, 1, 2, 2, 4, 4),
+    blocks=2, told="add"` instead, and no classes: 526,304,771.
 
     Attributes:
         channels: At the full resolution.
@@ -29,8 +54,20 @@ class UNet:
         label_dropout: Share of labels that are dropped in training, for guidance.
         patch: Squares of so many pixels a side become channels before the first convolution, and
             pixels again after the last: 2 makes a step about four times cheaper.
+        head_channels: Channels of one attention head; given, `heads` follows from it.
+        heads_up: Heads on the way up, where they differ.
+        middle: Whether the two blocks in the middle have attention between them; by default as
+            the blocks beside them.
+        resample: How sides are halved and doubled: `plain` by means and repetition, `conv` by a
+            strided convolution and by one after repetition, `block` inside a residual block.
+        told: How a block hears σ and the class: as a scale and a shift, or added.
+        time_scale: Of c_noise before the frequencies 1 ... 1/10000 of the ADM: 1000 in the
+            official consistency models, 1 in EDM's ADM; left out, frequencies are our own.
+        groups: Of the normalizations; the rules differ below 128 channels only (`groups_of`).
+        two_times: Whether the network is told a second noise level, as flow maps are.
 
-    Source: Dhariwal and Nichol (2021), §3; Ronneberger et al. (2015).
+    Source: Dhariwal and Nichol (2021), §3 and released code; Ronneberger et al. (2015); Song et
+        al. (2023), App. C, for the settings.
     """
 
     channels: int = 32
@@ -41,9 +78,18 @@ class UNet:
     dropout: float = 0.0
     label_dropout: float = 0.0
     patch: int = 1
+    head_channels: int | None = None
+    heads_up: int | None = None
+    middle: bool | None = None
+    resample: Literal["plain", "conv", "block"] = "plain"
+    told: Literal["scale-shift", "add"] = "scale-shift"
+    time_scale: float | None = None
+    groups: Groups = "powers"
+    two_times: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads, patch=self.patch)
+        check_sizes(head_channels=self.head_channels or 1, heads_up=self.heads_up or 1)
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -71,40 +117,85 @@ class UNetModule(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], classes: int | None, knobs: UNet) -> None:
         super().__init__()
-        told, side, width = 4 * knobs.channels, shape[1] // knobs.patch, knobs.channels
+        self.shape = shape
+        told, side = 4 * knobs.channels, shape[1] // knobs.patch
+        width = knobs.channels * knobs.multipliers[0]
         self.patch, pixels = knobs.patch, shape[0] * knobs.patch**2
-        self.conditioning = Conditioning(told, classes, knobs.label_dropout)
+        norm = partial(GroupNorm, groups=knobs.groups)
+        embedding = (
+            Sinusoids(octaves(64))
+            if knobs.time_scale is None
+            else Sinusoids(geometric(knobs.channels), scale=knobs.time_scale)
+        )
+        self.conditioning = Conditioning(
+            told, embedding, classes, knobs.label_dropout, two_times=knobs.two_times
+        )
+        residual = partial(
+            ResidualBlock, told=told, norm=norm, dropout=knobs.dropout, add=knobs.told == "add"
+        )
 
-        def stage(c_in: int, c_out: int) -> "_Stage":
-            attends = side in knobs.attention
-            return _Stage(c_in, c_out, told, knobs.heads if attends else 0, knobs.dropout)
+        def stage(c_in: int, c_out: int, attends: bool, heads: int = knobs.heads) -> ResidualBlock:
+            if attends and knobs.head_channels:
+                if c_out % knobs.head_channels:
+                    raise ValueError(
+                        f"{c_out} channels cannot be cut into heads of head_channels = "
+                        f"{knobs.head_channels}"
+                    )
+                heads = c_out // knobs.head_channels
+            return residual(c_in, c_out, heads=heads if attends else 0)
+
+        def down() -> nn.Module:
+            if knobs.resample == "block":
+                return residual(width, width, resample=Halve())
+            return Halve() if knobs.resample == "plain" else _StridedConvolution(width)
+
+        def up() -> nn.Module:
+            if knobs.resample == "block":
+                return residual(width, width, resample=Double())
+            return Double() if knobs.resample == "plain" else _DoubledConvolution(width)
 
         self.inlet = nn.Conv2d(pixels, width, 3, padding=1)
         self.down, self.up, bridges = nn.ModuleList(), nn.ModuleList(), [width]
         for level, multiplier in enumerate(knobs.multipliers):
             if level > 0:
-                self.down.append(_Down())
+                self.down.append(down())
                 side //= 2
                 bridges.append(width)
             for _ in range(knobs.blocks):
-                self.down.append(stage(width, knobs.channels * multiplier))
+                self.down.append(stage(width, knobs.channels * multiplier, side in knobs.attention))
                 width = knobs.channels * multiplier
                 bridges.append(width)
-        self.middle = nn.ModuleList([stage(width, width), stage(width, width)])
+        middle = side in knobs.attention if knobs.middle is None else knobs.middle
+        self.middle = nn.ModuleList([stage(width, width, middle), stage(width, width, False)])
+        self.joins = []  # whether a layer on the way up takes a bridge
         for level, multiplier in reversed(list(enumerate(knobs.multipliers))):
             for _ in range(knobs.blocks + 1):
-                self.up.append(stage(width + bridges.pop(), knobs.channels * multiplier))
+                wider, heads = width + bridges.pop(), knobs.heads_up or knobs.heads
                 width = knobs.channels * multiplier
+                self.up.append(stage(wider, width, side in knobs.attention, heads))
+                self.joins.append(True)
             if level > 0:
-                self.up.append(_Up())
+                self.up.append(up())
+                self.joins.append(False)
                 side *= 2
         self.outlet = nn.Sequential(
-            _GroupNorm(width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
+            norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
         )
 
-    def forward(self, x: Samples, c_noise: PerSample, label: Labels | None = None) -> Samples:
-        """The raw output, shaped as `x`."""
-        told = F.silu(self.conditioning(c_noise, label))
+    def forward(
+        self,
+        x: Samples,
+        c_noise: PerSample,
+        label: Labels | None = None,
+        c_noise_next: PerSample | None = None,
+    ) -> Samples:
+        """The raw output, shaped as `x`.
+
+        Raises:
+            ValueError: If `x`, a label or a noise level is not what the network was built for.
+        """
+        check_image(x, self.shape)
+        told = F.silu(self.conditioning(c_noise, label, c_noise_next))
         h = self.inlet(F.pixel_unshuffle(x, self.patch))
         bridges = [h]
         for layer in self.down:
@@ -112,75 +203,25 @@ class UNetModule(nn.Module):
             bridges.append(h)
         for layer in self.middle:
             h = layer(h, told)
-        for layer in self.up:
-            h = layer(h, told) if isinstance(layer, _Up) else layer(
-                torch.cat([h, bridges.pop()], 1), told
-            )  # fmt: skip
+        for layer, joins in zip(self.up, self.joins, strict=True):
+            h = layer(torch.cat([h, bridges.pop()], 1) if joins else h, told)
         return F.pixel_shuffle(self.outlet(h), self.patch)
 
 
-class _Stage(nn.Module):
-    """A residual block, then attention if it has heads."""
-
-    def __init__(self, c_in: int, c_out: int, told: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.before = nn.Sequential(
-            _GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
-        )
-        self.told = nn.Linear(told, 2 * c_out)
-        self.norm = _GroupNorm(c_out)
-        self.after = nn.Sequential(
-            nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
-        )
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        self.attention = _Attention(c_out, heads) if heads else nn.Identity()
-
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        scale, shift = self.told(told)[:, :, None, None].chunk(2, 1)
-        h = self.norm(self.before(x)) * (1 + scale) + shift
-        return cast(Tensor, self.attention(self.skip(x) + self.after(h)))
-
-
-class _Attention(nn.Module):
-    """Every pixel looks at every other."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        if channels % heads:
-            raise ValueError(f"{channels} channels cannot be shared among {heads} heads")
-        self.heads = heads
-        self.norm = _GroupNorm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(self.norm(x)), "b (three h d) y x -> three b h (y x) d", three=3, h=self.heads
-        )
-        seen = F.scaled_dot_product_attention(q, k, v)
-        side = x.shape[-1]
-        return x + cast(Tensor, self.out(rearrange(seen, "b h (y x) d -> b (h d) y x", x=side)))
-
-
-class _GroupNorm(nn.GroupNorm):
-    """Group normalization, never below float32: half precision loses the mean."""
-
+class _StridedConvolution(nn.Module):
     def __init__(self, channels: int) -> None:
-        groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4), 1)
-        super().__init__(groups, channels)
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            weight, bias = self.weight.to(wide), self.bias.to(wide)
-            return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
-
-
-class _Down(nn.Module):
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2)
+        return cast(Tensor, self.convolution(x))
 
 
-class _Up(nn.Module):
+class _DoubledConvolution(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.repeat = Double()
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
+
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return cast(Tensor, self.convolution(self.repeat(x)))

@@ -1,0 +1,122 @@
+"""What every door shares: a model from elsewhere in our words, and what to say if it is not one."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmbook.networks import Network
+from cmbook.parameterization import Preconditioned, Scalings
+
+Weights = dict[str, Tensor]
+SHOWN = 5  # names that an error lists
+LOOKS = {  # a name that only this family has -> what it is, and its door
+    "input_blocks.0.0.weight": "a U-Net of openai/consistency_models (cmbook.interop.openai)",
+    "conv_in.weight": "a UNet2DModel of diffusers (cmbook.interop.diffusers)",
+    "map_layer0.weight": "a network of NVlabs/edm (cmbook.interop.edm)",
+    "model.map_layer0.weight": "a network of NVlabs/edm (cmbook.interop.edm)",
+    "Dense_0/kernel": "a network of openai/consistency_models_cifar10 (cmbook.interop.jcm)",
+    "net.inlet.weight": "a model of cmbook itself (cmbook.load of its folder)",
+}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model from elsewhere, in our words.
+
+    Attributes:
+        network: What its network is here.
+        shape: Of one sample.
+        classes: How many it knows, or None.
+        scalings: What makes a denoiser of it.
+        weights: By our names, in our layout.
+        origin: Where it came from, for messages and records.
+
+    Source: ours.
+    """
+
+    network: Network
+    shape: tuple[int, ...]
+    classes: int | None
+    scalings: Scalings
+    weights: Weights = field(repr=False)
+    origin: str
+
+    def model(self) -> Preconditioned:
+        """The denoiser, in eval mode and frozen.
+
+        Raises:
+            ValueError: If a weight is missing, too many, or of another shape than the network's.
+        """
+        net = skeleton(self.network, self.shape, self.classes)
+        check_fit({n: w.shape for n, w in net.state_dict().items()}, self.weights, self.origin)
+        net.load_state_dict(self.weights, assign=True)
+        return Preconditioned(net, self.scalings).eval().requires_grad_(False)
+
+
+def skeleton(network: Network, shape: tuple[int, ...], classes: int | None) -> nn.Module:
+    """The network without memory for its weights: names, shapes, and the constants.
+
+    Source: ours.
+    """
+    with torch.device("meta"):
+        return network.build(shape, classes)
+
+
+def check_fit(ours: dict[str, Any], theirs: dict[str, Tensor], origin: str) -> None:
+    """Refuse weights that are not those of the network.
+
+    Args:
+        ours: The shapes that are expected, by name.
+        theirs: What is there.
+        origin: For the message.
+
+    Raises:
+        ValueError: With at most five names and their shapes, and how many more there are.
+
+    Source: ours.
+    """
+    wrong = []
+    for name in [*ours, *(n for n in theirs if n not in ours)]:
+        want = list(ours[name]) if name in ours else "nothing"
+        have = list(theirs[name].shape) if name in theirs else "nothing"
+        if want != have:
+            wrong.append(f"{name} should be {want} and is {have}")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        listed = "; ".join(wrong[:SHOWN])
+        raise ValueError(f"{origin} does not fit the network it begins as: {listed}{more}")
+
+
+def looks_like(weights: dict[str, Any]) -> str:
+    """What weights are, told by their names.
+
+    Source: ours.
+    """
+    found = next((what for name, what in LOOKS.items() if name in weights), None)
+    if found:
+        return f"it looks like {found}"
+    first = ", ".join(repr(name) for name in list(weights)[:SHOWN])
+    return f"it begins with {first}, which no door of cmbook knows" if first else "it is empty"
+
+
+def check_weights(state: Any, origin: str) -> Weights:
+    """A dictionary of tensors, or an error.
+
+    Raises:
+        ValueError: If it is anything else.
+
+    Source: ours.
+    """
+    if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
+        raise ValueError(
+            f"{origin} must hold a dictionary of names and tensors; it holds "
+            f"{type(state).__name__}"
+            + (
+                f" with {', '.join(map(repr, list(state)[:SHOWN]))}"
+                if isinstance(state, dict)
+                else ""
+            )
+        )
+    return state
