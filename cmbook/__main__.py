@@ -1,8 +1,10 @@
 """The command line.
 
-cmbook demo | train | sample | edit | evaluate | compare | export | data | configs | notebooks
+cmbook demo | train | sample | edit | evaluate | compare | export
+cmbook get | convert | data | configs | notebooks
 """
 
+import math
 import os
 import shlex
 import shutil
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from cmbook.features import Extractor
     from cmbook.runs import Run
+
+BATCH = 1 << 20  # numbers that `cmbook sample` draws at a time; the samples do not depend on it
 
 
 @dataclass(frozen=True)
@@ -125,16 +129,27 @@ class Sample:
 
     def __call__(self) -> None:
         """Do it."""
+        import torch
+        from tqdm import tqdm
+
         from cmbook.noise import PerImage
 
         _check_output(self.n, self.seed, self.out)
         loaded = _load(self.run, _device(self.device), self.average)
         label = _labels(loaded, self.label, self.n, self.device)
-        draws = PerImage(range(self.seed, self.seed + self.n))
-        samples = loaded.sample(
-            self.n, label, steps=self.steps, guidance=self.guidance, generator=draws
-        )
-        _save(samples.cpu(), None if label is None else label.cpu(), self.out)
+        size = max(1, BATCH // math.prod(loaded.record["shape"]))
+        drawn = []
+        for first in tqdm(range(0, self.n, size), "drawing", leave=False, disable=size >= self.n):
+            some = slice(first, min(first + size, self.n))
+            samples = loaded.sample(
+                some.stop - first,
+                None if label is None else label[some],
+                steps=self.steps,
+                guidance=self.guidance,
+                generator=PerImage(range(self.seed + first, self.seed + some.stop)),
+            )
+            drawn.append(samples.cpu())
+        _save(torch.cat(drawn), None if label is None else label.cpu(), self.out)
         print(f"{self.n} samples: {self.out}")
 
 
@@ -317,6 +332,72 @@ class Export:
         made = runs.load(self.run, average=self.average)
         runs.export(made, self.folder, half=self.half)
         print(f"the model is in {self.folder}")
+
+
+@dataclass(frozen=True)
+class Official:
+    """Fetch an official checkpoint, or list them all.
+
+    For example:  cmbook get cd_imagenet64_lpips
+                  cmbook convert weights/cd_imagenet64_lpips.pt models/imagenet64
+                  cmbook sample models/imagenet64 --label 207 --n 4 --steps 2
+
+    An interrupted fetch is gone on with.
+    """
+
+    name: tyro.conf.Positional[str | None] = None
+    """The checkpoint; without a name they are listed."""
+    to: Path = Path("weights")
+    """The folder that its file goes to."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook.interop import official
+
+        if self.name is None:
+            for name, entry in official.OFFICIAL.items():
+                print(f"{name:38} {entry.what}")
+            return
+        file = official.get(self.name, self.to)
+        print(f"{file}. Next: cmbook convert {shlex.quote(str(file))} models/{self.name}")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a model from elsewhere as a folder that cmbook samples, edits and evaluates like a run.
+
+    For example:  cmbook convert weights/cd_imagenet64_lpips.pt models/imagenet64
+                  cmbook convert some/diffusers/folder models/theirs
+
+    Official checkpoints of the paper (.pt, and flax for CIFAR-10), NVIDIA's EDM pickles and
+    folders of diffusers are recognized. No code that a file carries is run.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A file, its URL, or a folder of diffusers."""
+    folder: tyro.conf.Positional[Path]
+    """The new folder."""
+    kind: Literal["diffusion", "consistency"] | None = None
+    """What kind of model it is, where neither name nor settings tell."""
+    head_channels: int = 64
+    """Of one attention head of an official U-Net, which its weights do not tell."""
+    image_size: int | None = None
+    """Side of the images, where the coarsest features are not 8x8."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        from cmbook.interop.convert import convert
+        from cmbook.parameterization import ConsistencyScalings, EDMScalings
+
+        kinds = {"diffusion": EDMScalings(), "consistency": ConsistencyScalings(), None: None}
+        convert(
+            self.source,
+            self.folder,
+            scalings=kinds[self.kind],
+            head_channels=self.head_channels,
+            image_size=self.image_size,
+        )
+        print(f"the model is in {self.folder}. Next: cmbook sample {shlex.quote(str(self.folder))}")
 
 
 @dataclass(frozen=True)
@@ -519,6 +600,8 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Official, tyro.conf.subcommand("get")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Configs, tyro.conf.subcommand("configs")]
     | Annotated[Notebooks, tyro.conf.subcommand("notebooks")]

@@ -30,6 +30,7 @@ from cmbook.training import State
 Weights = dict[str, Tensor]
 SHARED = {"average.safetensors", "experiment.toml"}  # enough to sample from
 ALWAYS = SHARED | {"student.safetensors", "state.pt"}
+SHOWN = 5  # names that an error lists
 
 
 def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
@@ -176,14 +177,36 @@ def fill(model: nn.Module, weights: Weights, origin: Path) -> None:
     Source: ours.
     """
     ours = model.state_dict()
-    for name in [*ours, *weights]:
-        shapes = [list(w[name].shape) if name in w else "missing" for w in (ours, weights)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{origin} does not fit this network: {name} is {shapes[1]} in the file and "
-                f"{shapes[0]} in the network"
-            )
-    model.load_state_dict(weights)
+    check_fit({name: weight.shape for name, weight in ours.items()}, weights, str(origin))
+    empty = any(weight.is_meta for weight in ours.values())
+    weights = {name: weight.to(ours[name].dtype) for name, weight in weights.items()}
+    model.load_state_dict(weights, assign=empty)
+
+
+def check_fit(ours: dict[str, Any], theirs: dict[str, Tensor], origin: str) -> None:
+    """Refuse weights that are not those of the network.
+
+    Args:
+        ours: The shapes that are expected, by name.
+        theirs: What is there.
+        origin: For the message.
+
+    Raises:
+        ValueError: With at most five names and their shapes, and how many more there are.
+
+    Source: ours.
+    """
+    wrong = []
+    for name in [*ours, *(n for n in theirs if n not in ours)]:
+        want = list(ours[name]) if name in ours else None
+        have = list(theirs[name].shape) if name in theirs else None
+        if want != have:
+            here = "is missing" if have is None else f"is {have}"
+            wrong.append(f"{name} {here}, expected {'none' if want is None else want}")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        listed = "; ".join(wrong[:SHOWN])
+        raise ValueError(f"{origin} does not fit the network: {listed}{more}")
 
 
 def _seal(unfinished: Path, path: Path) -> None:

@@ -204,7 +204,7 @@ def recipe_text(name_or_file: str) -> str:
             raise ValueError(f"cannot read the recipe {path}: {error}") from error
     if name_or_file not in recipes():
         raise ValueError(
-            f"there is no recipe {name_or_file!r}{_nearest(name_or_file, recipes())} "
+            f"there is no recipe {name_or_file!r}{nearest(name_or_file, recipes())} "
             "`cmbook configs` lists them; a file of your own ends in .toml"
         )
     return (files("cmbook") / "configs" / f"{name_or_file}.toml").read_text(encoding="utf-8")
@@ -255,7 +255,7 @@ def _read(expected: Any, value: Any, where: str) -> Any:
         )  # fmt: skip
     if get_origin(expected) is Literal:
         if value not in options:
-            hint = _nearest(str(value), [str(o) for o in options])
+            hint = nearest(str(value), [str(o) for o in options])
             raise ValueError(f"{where} must be one of {_listed(options)}; got {value!r}{hint}")
         return value
     if get_origin(expected) is tuple:
@@ -284,7 +284,7 @@ def _choose(options: list[type], value: Any, where: str) -> Any:
         raise ValueError(f"{where} needs a kind, one of {_listed(names)}; got {value!r}")
     kind = value["kind"]
     if kind not in list(names):  # a list of names also answers for kinds that are no names
-        hint = _nearest(str(kind), list(names))
+        hint = nearest(str(kind), list(names))
         raise ValueError(f"{where}.kind must be one of {_listed(names)}; got {kind!r}{hint}")
     return _build(names[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 
@@ -298,7 +298,7 @@ def _build(expected: type[T], value: Any, where: str) -> T:
     for key in value:
         if key not in known:
             names = [name for name in known if name != "noise_range" or expected is Experiment]
-            hint = _nearest(key, names)
+            hint = nearest(key, names)
             has = f" {expected.__name__} has {_listed(names)}." if hint == "." else ""
             raise ValueError(f"{dot}{key} is not a setting{hint}{has}")
     settings = {key: _read(hints[key], item, f"{dot}{key}") for key, item in value.items()}
@@ -357,6 +357,10 @@ def _listed(names: Any) -> str:
     return ", ".join(str(name) for name in names)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a sentence about a name that is not known: the one that may be meant.
+
+    Source: ours.
+    """
     match = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {match[0]!r}?" if match else "."

@@ -34,6 +34,7 @@ from cmbook.board import Board, summary_writer
 from cmbook.data import Data, fingerprint
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
+from cmbook.interop.foreign import skeleton
 from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import Network
 from cmbook.noise import PerImage, seeded
@@ -335,7 +336,10 @@ def load(folder: Path | str, device: str = "cpu", *, average: float | None = Non
     folder = path if "step" in record else folder  # exported: there is no run around it
     assert recipe.network is not None  # `complete` has filled it in
     shape, classes = tuple(record["shape"]), record["classes"] or None
-    net = _initialized(recipe.network, shape, classes, recipe.seed)
+    try:
+        net = skeleton(recipe.network, shape, classes)
+    except (RuntimeError, ArithmeticError, StopIteration) as error:
+        raise ValueError(f"{path}: {recipe.network} cannot be built. {error!s}") from error
     model = Preconditioned(net, recipe.scalings)
     average, name = _average(folder, recipe, average)
     checkpoints.fill(model, checkpoints.read_weights(path, name), path)

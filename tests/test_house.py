@@ -33,7 +33,7 @@ THIRD_PARTY = {
         *["torch", "einops", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"],
         *["safetensors", "diffusers"],
     },
-    5: {"torch", "tyro", "numpy", "matplotlib"},
+    5: {"torch", "tyro", "tqdm", "numpy", "matplotlib"},
 }
 STANDARD = {
     "ast", "base64", "collections", "concurrent", "contextlib", "copy", "csv", "dataclasses",

@@ -5,9 +5,12 @@ import os
 import tarfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 BLOCK = 1 << 20
 
@@ -19,14 +22,14 @@ class Remote:
     Attributes:
         name: Of the file.
         urls: Where it can be had, tried in order.
-        size: In bytes.
-        sha256: Of its contents; `None` where only `md5` is published.
+        size: In bytes; `None` where it is not published: then the server's word is taken.
+        sha256: Of its contents; `None` where it is not published.
         md5: The checksum that its authors publish.
     """
 
     name: str
     urls: tuple[str, ...]
-    size: int
+    size: int | None
     sha256: str | None = None
     md5: str | None = None
 
@@ -60,16 +63,17 @@ def fetch(remote: Remote, folder: Path, *, progress: bool = True) -> Path:
     ) as bar:
         for url in remote.urls:
             try:
-                _go_on(url, partial, remote.size, bar)
+                announced = _go_on(url, partial, remote.size, bar)
             except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
                 reasons.append(f"{url}: {getattr(error, 'reason', None) or repr(error)}")
                 continue
-            wrong = _wrong(partial, remote)
+            known = replace(remote, size=remote.size or announced)
+            wrong = _wrong(partial, known)
             if not wrong:
                 partial.replace(place)
                 return place
             reasons.append(f"{url}: {wrong}")
-            if partial.stat().st_size >= remote.size:  # a shorter one was cut, and is gone on with
+            if partial.stat().st_size >= (known.size or 0):  # a shorter one was cut: gone on with
                 partial.unlink()
                 bar.reset()
     raise ValueError(
@@ -101,34 +105,52 @@ def get(name: str, folder: Path, *, progress: bool = True) -> Path:
     return place
 
 
-def _go_on(url: str, partial: Path, size: int, bar: "tqdm[None]") -> None:  # type: ignore[name-defined] # noqa: F821
-    """Fetch what is missing of a file."""
+def _go_on(url: str, partial: Path, size: int | None, bar: "tqdm[None]") -> int | None:  # type: ignore[name-defined] # noqa: F821
+    """Fetch what is missing of a file; returns the size that it must have, where that is known."""
     have = partial.stat().st_size if partial.is_file() else 0
-    if have >= size:
-        return
+    if size is not None and have >= size:
+        return size
     request = urllib.request.Request(url, headers={"User-Agent": "cmbook"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with _opened(request) as answer:
+        if answer is None:  # nothing lies beyond what is there
+            return have
         resumed = getattr(answer, "status", None) == 206
         if have and not resumed and url.startswith("file:"):
             answer.seek(have)
             resumed = True
-        if not resumed:
-            have = 0
-        bar.n = have
+        whole = answer.headers.get("Content-Length")
+        beside = have if resumed and not url.startswith("file:") else 0  # a part was announced
+        expected = size if size is not None else None if whole is None else beside + int(whole)
+        bar.n, bar.total = have if resumed else 0, expected
         with partial.open("ab" if resumed else "wb") as file:
             while block := answer.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
-                if file.tell() > size:
-                    return  # more than it should be: the check will say so
+                if expected is not None and file.tell() > expected:
+                    break  # more than it should be: the check will say so
+    return expected
+
+
+@contextmanager
+def _opened(request: urllib.request.Request) -> Iterator[Any]:
+    """What a server answers; None if it has nothing beyond what was fetched."""
+    try:
+        answer = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        yield None
+        return
+    with answer:
+        yield answer
 
 
 def _wrong(file: Path, remote: Remote) -> str | None:
     """What is wrong with a file, if anything is."""
     size = file.stat().st_size
-    if size != remote.size:
+    if remote.size is not None and size != remote.size:
         return f"it has {size:,} bytes instead of {remote.size:,}"
     for kind in ("sha256", "md5"):
         expected = getattr(remote, kind)

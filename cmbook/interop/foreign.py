@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmbook.checkpoints import SHOWN as SHOWN
+from cmbook.checkpoints import check_fit as check_fit
 from cmbook.networks import Network
 from cmbook.parameterization import Preconditioned, Scalings
 
 Weights = dict[str, Tensor]
-SHOWN = 5  # names that an error lists
 LOOKS = {  # a name that only this family has -> what it is, and its door
     "input_blocks.0.0.weight": "a U-Net of openai/consistency_models (cmbook.interop.openai)",
     "conv_in.weight": "a UNet2DModel of diffusers (cmbook.interop.diffusers)",
@@ -62,31 +63,6 @@ def skeleton(network: Network, shape: tuple[int, ...], classes: int | None) -> n
     """
     with torch.device("meta"):
         return network.build(shape, classes)
-
-
-def check_fit(ours: dict[str, Any], theirs: dict[str, Tensor], origin: str) -> None:
-    """Refuse weights that are not those of the network.
-
-    Args:
-        ours: The shapes that are expected, by name.
-        theirs: What is there.
-        origin: For the message.
-
-    Raises:
-        ValueError: With at most five names and their shapes, and how many more there are.
-
-    Source: ours.
-    """
-    wrong = []
-    for name in [*ours, *(n for n in theirs if n not in ours)]:
-        want = list(ours[name]) if name in ours else "nothing"
-        have = list(theirs[name].shape) if name in theirs else "nothing"
-        if want != have:
-            wrong.append(f"{name} should be {want} and is {have}")
-    if wrong:
-        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        listed = "; ".join(wrong[:SHOWN])
-        raise ValueError(f"{origin} does not fit the network it begins as: {listed}{more}")
 
 
 def looks_like(weights: dict[str, Any]) -> str:

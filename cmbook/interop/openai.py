@@ -25,6 +25,7 @@ import torch
 from einops import rearrange
 
 from cmbook.interop.foreign import Foreign, Weights, check_fit, check_weights, looks_like, skeleton
+from cmbook.interop.official import local
 from cmbook.networks import UNet
 from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned, Scalings
 
@@ -60,7 +61,7 @@ def load(
     """An official checkpoint as a denoiser, `D(x, sigma, label) -> x0`.
 
     Args:
-        path_or_state_dict: The file, or what `torch.load` gave.
+        path_or_state_dict: The file, its URL, or what `torch.load` gave.
         scalings: `EDMScalings()` for a diffusion model, `ConsistencyScalings()` for a consistency
             model. Read off an official file's name, else required: the weights do not tell, and
             the wrong one gives slightly wrong images without an error.
@@ -96,7 +97,8 @@ def read(
     if isinstance(path_or_state_dict, dict):
         state, origin = check_weights(path_or_state_dict, "the state dict"), "the state dict"
     else:
-        state, origin = read_pt(Path(path_or_state_dict)), str(path_or_state_dict)
+        file = local(path_or_state_dict)
+        state, origin = read_pt(file), str(file)
     if "input_blocks.0.0.weight" not in state or "time_embed.0.weight" not in state:
         raise ValueError(
             f"{origin} is not a U-Net of openai/consistency_models: {looks_like(state)}"
