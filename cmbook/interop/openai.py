@@ -182,8 +182,8 @@ def _scalings(origin: str) -> Scalings:
     if kind is None:
         raise ValueError(
             f"{origin} does not tell whether it is a diffusion model or a consistency model; say "
-            "scalings=EDMScalings() or scalings=ConsistencyScalings(), or on the command line --kind "
-            "diffusion or --kind consistency"
+            "scalings=EDMScalings() or scalings=ConsistencyScalings(); on the command line, "
+            "--kind diffusion or --kind consistency"
         )
     return EDMScalings() if kind[1] == "edm" else ConsistencyScalings()
 
