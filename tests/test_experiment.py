@@ -2,12 +2,14 @@
 
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cmbook import (
     EDM,
+    L1,
     MLP,
     ConsistencyDistillation,
     ConsistencyScalings,
@@ -269,3 +271,44 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
 def test_a_recipe_compares_by_value():
     recipe = loads(RING)
     assert recipe != replace(recipe, seed=1)
+
+
+# ── recipes on a base ──
+
+
+def test_a_recipe_on_a_base_states_only_what_differs():
+    base = loads(recipe_text("fashion/cd"))
+    ours = loads('base = "fashion/cd"\ntraining.steps = 3\nobjective.distance = { kind = "L1" }')
+    expected = replace(
+        base,
+        training=replace(base.training, steps=3),
+        objective=replace(base.objective, distance=L1()),
+    )
+    assert ours == expected
+
+
+def test_another_kind_replaces_the_whole_table():
+    ours = loads('base = "toy/ct"\nnetwork = { kind = "ResidualMLP" }')
+    assert ours.network == ResidualMLP()
+
+
+def test_a_base_may_have_a_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.toml").write_text('base = "toy/ct"\nseed = 7', encoding="utf-8")
+    ours = loads('base = "one.toml"\ntraining.steps = 3', ["seed=8"])
+    assert (ours.seed, ours.training.steps, ours.network) == (8, 3, MLP(width=128, depth=4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('base = "toy/cx"', "did you mean 'toy/c"),
+        ("base = 3", "base must be the name of a recipe"),
+        ('base = "self.toml"', "its own base: self.toml on self.toml"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("self.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        loads(text)
