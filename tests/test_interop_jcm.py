@@ -241,7 +241,7 @@ def clean_image(stored):
     return lambda x, sigma, label=None: nchw(stored["image"]).to(x)
 
 
-def moments(stored):
+def uniforms_of(stored):
     """The uniform draws of their levels: the grid made continuous, backwards."""
     low, high = (end ** (1 / RANGE.rho) for end in (RANGE.sigma_min, RANGE.sigma_max))
     return [(stored["t"].double() ** (1 / RANGE.rho) - low) / (high - low)]
@@ -274,7 +274,7 @@ def test_continuous_losses_through_the_derivative(stored, method, distance):
     guide = teacher() if method == "cd" else clean_image(stored)
     models = Models(model("student"), teacher=guide)
     case = f"{method}/{distance}/"
-    check_loss(objective, models, stored, case, uniforms=moments(stored))
+    check_loss(objective, models, stored, case, uniforms=uniforms_of(stored))
 
 
 @use("loss_continuous")
@@ -288,7 +288,7 @@ def test_continuous_losses_with_a_frozen_target(stored, method):
         Models(student, student, teacher() if method == "cd" else None),
         stored,
         f"{method}/l2_stopgrad/",
-        uniforms=moments(stored),
+        uniforms=uniforms_of(stored),
         factor=PIXELS / 2,
         value=False,
     )
