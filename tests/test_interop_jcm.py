@@ -522,7 +522,10 @@ def test_a_path_that_does_not_tell_the_scalings_is_refused(tmp_path):
     [
         ({"Conv_1/bias": None}, r"Conv_1/bias is missing, expected \[3\]$"),
         ({"Dense_2/bias": torch.ones(2)}, r"Dense_2/bias is \[2\], expected none$"),
-        ({"Conv_1/kernel": torch.ones(3, 3, 16, 6)}, r"is \[3, 3, 16, 6\], expected \[3, 3, 16, 3\]$"),
+        (
+            {"Conv_1/kernel": torch.ones(3, 3, 16, 6)},
+            r"is \[3, 3, 16, 6\], expected \[3, 3, 16, 3\]$",
+        ),
         ({f"AttnBlockpp_0/NIN_{n}/W": None for n in range(4)}, r"is missing, expected"),
         ({f"more_{n}": torch.ones(1) for n in range(7)}, r"more_4 .*; and 2 more$"),
         ({"ResnetBlockBigGANpp_1/Conv_2/kernel": None}, "does not fit"),
