@@ -40,7 +40,7 @@ ABOVE = [
     *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
     *["data.prepare", "data.inspect", "data.fetch"],
     *["training", "checkpoints", "evaluation", "clouds", "features", "references"],
-    *[f"interop.{name}" for name in ("foreign", "openai")],
+    *[f"interop.{name}" for name in ("foreign", "inert", "openai", "edm")],
     *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
