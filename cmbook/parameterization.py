@@ -227,9 +227,10 @@ class IDDPMScalings:
 
     $$u_{j-1}^2 = \frac{u_j^2 + 1}{\max(\bar\alpha_{j-1}/\bar\alpha_j,\ C_1)} - 1.$$
 
-    The network is told the nearest of these levels, u_0 for all σ above it and u_M = 0 for those
-    near 0 (by default u_0 is 20291, and the least above 0 is 0.0064); every other use of σ is exact. `round_sigma` gives that
-    level, for samplers that stop at such levels only. The sigma_data of the range is not used.
+    The network is told the nearest of these levels: u_0, which is 20291, for all σ above it, and
+    u_M = 0 for those near 0 (the least level above is 0.0064). Every other use of σ is exact.
+    `round_sigma` gives that level, for samplers that stop at such levels only. The sigma_data of
+    the range is not used.
 
     A network that says the variance too has twice the channels. Only the first half, the noise,
     is of use here, and `cmbook.interop.edm` drops the rest.

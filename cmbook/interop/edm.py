@@ -23,6 +23,7 @@ their number, and adds a bias: a row of ours is all of that. No class is the vec
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cmbook.interop.foreign import Foreign, Weights, check_fit, check_weights, looks_like, skeleton
-from cmbook.interop.inert import Inert, read_pickle, tensors
+from cmbook.interop.inert import Inert, number, read_pickle, table, tensors
 from cmbook.interop.openai import read_pt
 from cmbook.networks import NCSNpp, UNet
 from cmbook.networks.blocks import check_dropout
@@ -205,9 +206,9 @@ def _read_file(path: Path) -> tuple[Weights, AnyScalings | None, float]:
         held = held.get("ema", held)
     if not isinstance(held, Inert):
         return check_weights(held, str(path)), None, 0.0
-    inner = held.state.get("_modules", {}).get("model", held)
-    dropped = inner.state.get("label_dropout", 0.0) if isinstance(inner, Inert) else 0.0
-    return tensors(held), _scalings(held), float(dropped)
+    inner = table(held, "_modules").get("model")
+    dropped = number(inner, "label_dropout", 0.0) if isinstance(inner, Inert) else 0.0
+    return tensors(held), _scalings(held), dropped
 
 
 def _scalings(precond: Inert) -> AnyScalings | None:
@@ -215,25 +216,20 @@ def _scalings(precond: Inert) -> AnyScalings | None:
 
     The range is that of EDM's sampler, within what the model supports.
     """
-
-    def number(name: str, otherwise: float) -> float:
-        value = precond.state.get(name, otherwise)
-        return float(value) if isinstance(value, int | float) else otherwise
-
-    levels = NoiseRange()
+    told, levels = partial(number, precond), NoiseRange()
     levels = NoiseRange(
-        max(levels.sigma_min, number("sigma_min", 0.0)),
-        min(levels.sigma_max, number("sigma_max", math.inf)),
-        sigma_data=number("sigma_data", levels.sigma_data),
+        max(levels.sigma_min, told("sigma_min", 0.0)),
+        min(levels.sigma_max, told("sigma_max", math.inf)),
+        sigma_data=told("sigma_data", levels.sigma_data),
     )
     if precond.name == "VPPrecond":
-        numbers = {name: number(name, getattr(VPScalings, name)) for name in VP_NUMBERS}
-        return VPScalings(levels, **numbers, steps=int(number("M", VPScalings.steps)))
+        numbers = {name: told(name, getattr(VPScalings, name)) for name in VP_NUMBERS}
+        return VPScalings(levels, **numbers, steps=int(told("M", VPScalings.steps)))
     if precond.name == "VEPrecond":
         return VEScalings(levels)
     if precond.name == "iDDPMPrecond":
-        numbers = {name: number(name, getattr(IDDPMScalings, name)) for name in ("C_1", "C_2")}
-        return IDDPMScalings(levels, **numbers, M=int(number("M", IDDPMScalings.M)))
+        numbers = {name: told(name, getattr(IDDPMScalings, name)) for name in ("C_1", "C_2")}
+        return IDDPMScalings(levels, **numbers, M=int(told("M", IDDPMScalings.M)))
     if precond.name == "ECMPrecond":
         return ConsistencyScalings(levels)
     return EDMScalings(levels) if precond.name == "EDMPrecond" else None

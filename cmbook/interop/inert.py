@@ -86,17 +86,30 @@ def tensors(module: Inert, prefix: str = "") -> Weights:
     """
     found: Weights = {}
     for kind in ("_parameters", "_buffers"):
-        items = _table(module, kind).items()
+        items = table(module, kind).items()
         found |= {f"{prefix}{n}": w.detach() for n, w in items if isinstance(w, Tensor)}
-    for name, child in _table(module, "_modules").items():
+    for name, child in table(module, "_modules").items():
         if isinstance(child, Inert):
             found |= tensors(child, f"{prefix}{name}.")
     return found
 
 
-def _table(module: Inert, name: str) -> dict[Any, Any]:
-    table = module.state.get(name)
-    return table if isinstance(table, dict) else {}
+def table(record: Inert, name: str) -> dict[Any, Any]:
+    """An attribute that is a dictionary, or an empty one.
+
+    Source: ours.
+    """
+    found = record.state.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def number(record: Inert, name: str, otherwise: float) -> float:
+    """An attribute that is a number, or another one.
+
+    Source: ours.
+    """
+    found = record.state.get(name)
+    return float(found) if isinstance(found, int | float) else otherwise
 
 
 class _Code(Exception):
@@ -147,7 +160,10 @@ def _persistent(meta: Any) -> Inert:
 
 def _storage(saved: bytes) -> Any:
     """The numbers of one tensor, which PyTorch wrote as a file inside the file."""
-    return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _Code("code inside a tensor") from error
 
 
 KNOWN: dict[str, Callable[..., Any]] = {
