@@ -27,6 +27,8 @@ from cmbook.interop.foreign import Weights
 # Whose calls may occur in an official file. They are recorded, not made.
 RECORDED = ("torch", "numpy", "dnnlib", "torch_utils", "training", "collections")
 
+DEEPEST = 50  # modules in modules
+
 
 class Inert(dict[Any, Any]):
     """An object of a pickle as a record: it does nothing.
@@ -82,8 +84,13 @@ def read_pickle(path: Path) -> Any:
 def tensors(module: Inert, prefix: str = "") -> Weights:
     """Parameters and buffers of a recorded module, by the names of its state dict.
 
+    Raises:
+        ValueError: If modules are nested without end.
+
     Source: PyTorch, `torch.nn.Module.state_dict`.
     """
+    if prefix.count(".") > DEEPEST:
+        raise ValueError(f"modules are nested more than {DEEPEST} deep, as if in each other")
     found: Weights = {}
     for kind in ("_parameters", "_buffers"):
         items = table(module, kind).items()
