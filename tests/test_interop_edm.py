@@ -512,6 +512,7 @@ def cut(state, *names):
     [
         (lambda s: cut(s, "enc.16x16_conv.weight"), "it has no convolution at its beginning"),
         (lambda s: cut(s, "dec.16x16_aux_conv.weight"), "it has no dec.16x16_aux_conv.weight"),
+        (lambda s: {n: w for n, w in s.items() if "block" not in n}, "it has no enc.*_block0"),
         (lambda s: cut(s, "map_label.bias"), "map_label.bias should be .* and is nothing"),
         (lambda s: cut(s, "enc.8x8_down.skip.resample_filter"), "resample_filter should be"),
         (lambda s: s | {"model.odd": torch.ones(2)}, r"odd should be nothing and is \[2\]"),

@@ -48,7 +48,7 @@ from cmbook.parameterization import (
     VPScalings,
 )
 
-Song, ADM = NCSNpp, UNet  # what the two classes of the repository are here
+Song = NCSNpp  # SongUNet of the repository; its DhariwalUNet is our UNet
 BLOCK = [  # (ours, theirs) inside a block
     ("before.0", "norm0"),
     ("before.2", "conv0"),
@@ -243,6 +243,8 @@ def _architecture(state: Weights) -> tuple[NCSNpp | UNet, tuple[int, ...]]:
     first = next(n for n in state if re.fullmatch(r"enc\.\d+x\d+_conv\.weight", n))
     width, pixels = state[first].shape[:2]
     blocks = [(int(m[1]), int(m[2])) for m in map(BLOCK_NAME.match, state) if m]
+    if not blocks:
+        raise KeyError("enc.*_block0.conv1.weight")
     sides = sorted({side for side, _ in blocks}, reverse=True)
     song = "out_conv.weight" not in state
     channels = width if song else state["map_layer0.weight"].shape[1]
