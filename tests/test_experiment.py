@@ -16,6 +16,7 @@ from cmbook import (
     ConsistencyTraining,
     Digits,
     Experiment,
+    IDDPMScalings,
     Images,
     LInf,
     NoiseRange,
@@ -23,6 +24,8 @@ from cmbook import (
     ResidualMLP,
     Toy,
     UNet,
+    VEScalings,
+    VPScalings,
 )
 from cmbook.experiment import dumps, loads, recipe_text, recipes
 from cmbook.schedules import FixedLevels
@@ -94,10 +97,13 @@ EXPERIMENTS = [
         ResidualMLP(dropout=1e-300),
         teacher='a "strange"\n folder \\ Ω',
     ),
+    Experiment(Toy(), EDM(), VPScalings(beta_d=1 / 3, steps=7), MLP()),
+    Experiment(Toy(), EDM(), VEScalings(), MLP()),
+    Experiment(Toy(), EDM(), IDDPMScalings(C_1=1e-4, M=7), MLP()),
 ]
 
 
-@pytest.mark.parametrize("recipe", EXPERIMENTS, ids=["plain", "nested", "odd"])
+@pytest.mark.parametrize("recipe", EXPERIMENTS, ids=["plain", "nested", "odd", "vp", "ve", "iddpm"])
 def test_a_recipe_written_and_read_is_equal(recipe):
     assert loads(dumps(recipe)) == recipe
 
