@@ -42,7 +42,17 @@ ABOVE = [
     *["training", "checkpoints", "evaluation", "clouds", "features", "references"],
     *[
         f"interop.{name}"
-        for name in ("foreign", "official", "convert", "openai", "jcm", "flax", "edm", "inert")
+        for name in (
+            "foreign",
+            "official",
+            "convert",
+            "openai",
+            "jcm",
+            "flax",
+            "edm",
+            "inert",
+            "diffusers",
+        )
     ],
     *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]

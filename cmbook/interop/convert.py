@@ -41,9 +41,9 @@ def read(source: str | Path, *, scalings: Scalings | None = None, **knobs: Any) 
             "`cmbook get NAME` fetches one"
         )
     if path.is_dir():
-        from cmbook.interop import diffusers
+        from cmbook.interop.diffusers import read as read_diffusers
 
-        return diffusers.read(path, scalings=scalings)
+        return read_diffusers(path, scalings=scalings)
     if path.suffix == ".pkl":
         from cmbook.interop import edm
 
