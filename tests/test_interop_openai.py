@@ -274,3 +274,12 @@ def test_a_file_of_another_kind_is_refused(tmp_path, kind, message):
     with pytest.raises(ValueError, match=message) as error:
         openai.load(path, head_channels=16)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_what_is_cut_short_is_told_which_recipes_it_is_of():
+    stored = json.loads((GOLDEN / "keys_imagenet64.json").read_text())["keys"]
+    state = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    for name in list(state)[-60:-3]:
+        del state[name]
+    with pytest.raises(ValueError, match=r"The recipes imagenet64/\* would fit: 8\d% of"):
+        openai.read(state, scalings=ConsistencyScalings())

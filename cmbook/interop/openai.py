@@ -52,6 +52,16 @@ OUTSIDE = [  # (ours, theirs) outside the blocks
 ]
 
 
+_ADM: dict[str, Any] = {
+    "attention": (32, 16, 8), "head_channels": 64, "middle": True, "resample": "block",
+    "time_scale": 1000.0, "groups": "all",
+}  # fmt: skip
+PUBLISHED: dict[str, tuple[UNet, tuple[int, ...], int | None]] = {
+    "imagenet64": (UNet(192, (1, 2, 3, 4), 3, **_ADM), (3, 64, 64), 1000),
+    "lsun256": (UNet(256, (1, 1, 2, 2, 4, 4), 2, told="add", **_ADM), (3, 256, 256), None),
+}
+
+
 def load(
     path_or_state_dict: str | Path | Weights,
     *,
@@ -117,7 +127,10 @@ def read(
     names = _names(network, net.state_dict())
     expected = {theirs: net.state_dict()[ours].shape for ours, theirs in names.items()}
     state = _modern(state, head_channels)
-    check_fit(expected, state, origin)
+    try:
+        check_fit(expected, state, origin)
+    except ValueError as error:
+        raise ValueError(f"{error}{_nearest(state)}") from None
     weights = {ours: state[theirs].float() for ours, theirs in names.items()}
     return Foreign(network, shape, classes, scalings, weights, origin)
 
@@ -184,6 +197,24 @@ def read_pt(path: Path) -> Weights:
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} is damaged: {reason}") from error
     return check_weights(state, str(path))
+
+
+def _nearest(state: Weights) -> str:
+    """The published network that comes nearest to some weights, if one comes near."""
+    shared: dict[str, float] = {}
+    for name, (network, shape, classes) in PUBLISHED.items():
+        ours = skeleton(network, shape, classes).state_dict()
+        theirs = _names(network, ours)
+        fits = sum(
+            theirs[n] in state and state[theirs[n]].shape == w.shape for n, w in ours.items()
+        )
+        shared[name] = fits / len(ours)
+    best = max(shared, key=lambda name: shared[name])
+    if shared[best] < 0.5:
+        return ""
+    return (
+        f". The recipes {best}/* would fit: {shared[best]:.0%} of their network's weights are there"
+    )
 
 
 def _scalings(origin: str) -> Scalings:
