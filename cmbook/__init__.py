@@ -223,6 +223,9 @@ if TYPE_CHECKING:
     from cmbook.parameterization import (
         Preconditioned as Preconditioned,
     )
+    from cmbook.perceptual import (
+        LPIPS as LPIPS,
+    )
     from cmbook.protocols import (
         Batch as Batch,
     )
@@ -331,6 +334,7 @@ _NAMES = {
     # floor 1 · models
     "cmbook.parameterization": "ConsistencyScalings EDMScalings Preconditioned",
     "cmbook.networks": "MLP ResidualMLP UNet NCSNpp",
+    "cmbook.perceptual": "LPIPS",
     # floor 2 · algorithms
     "cmbook.losses": (
         "EDM ProgressiveDistillation ConsistencyDistillation ConsistencyTraining "
