@@ -232,6 +232,9 @@ if TYPE_CHECKING:
     from cmbook.parameterization import (
         VPScalings as VPScalings,
     )
+    from cmbook.perceptual import (
+        LPIPS as LPIPS,
+    )
     from cmbook.protocols import (
         Batch as Batch,
     )
@@ -342,6 +345,7 @@ _NAMES = {
         "ConsistencyScalings EDMScalings VPScalings VEScalings IDDPMScalings Preconditioned"
     ),
     "cmbook.networks": "MLP ResidualMLP UNet NCSNpp",
+    "cmbook.perceptual": "LPIPS",
     # floor 2 · algorithms
     "cmbook.losses": (
         "EDM ProgressiveDistillation ConsistencyDistillation ConsistencyTraining "

@@ -24,6 +24,7 @@ from cmbook.networks import Network
 from cmbook.noise import NoiseRange
 from cmbook.ode import Solver
 from cmbook.parameterization import AnyScalings, ConsistencyScalings
+from cmbook.perceptual import LPIPS
 from cmbook.protocols import Distance, Objective
 from cmbook.schedules import check_decreasing
 from cmbook.training import (
@@ -36,7 +37,7 @@ from cmbook.training import (
 )
 
 T = TypeVar("T")
-KINDS: dict[Any, Any] = {Distance: AnyDistance, Objective: AnyObjective}  # open type -> known kinds
+KINDS: dict[Any, Any] = {Distance: AnyDistance | LPIPS, Objective: AnyObjective}  # open -> known
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,25 @@ def separable():
     return GaussianMixture(weights, means, torch.diag_embed(variances))
 
 
+@pytest.fixture(scope="session")
+def lpips():
+    """The package `lpips`, also beside a torch for the CPU alone.
+
+    torchvision's own wheel then cannot load its compiled half, and its import fails for want of
+    two operators, which LPIPS never calls. Here they are declared, and do nothing.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pytest.skip("pip install 'cmbook[lpips]'")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        lpips.library = library  # what is declared lives as long as this
+    return pytest.importorskip("lpips")
+
+
 class Spy:
     """A denoiser that keeps the noise levels and the labels it is told."""
 

@@ -33,6 +33,7 @@ FLOORS_0_TO_2 = [
     *["protocols", "noise", "schedules", "conventions", "ode", "distances", "weights", "guidance"],
     *[f"oracle.{name}" for name in ("worlds", "dataset", "guided", "distance", "integrate")],
     *["parameterization", "networks.blocks", "networks.mlp", "networks.unet", "networks.ncsnpp"],
+    "perceptual",
     *[f"losses.{name}" for name in ("regression", "tangent", "edm", "progressive", "cd", "ct")],
     *["losses.continuous", "samplers", "editing"],
 ]

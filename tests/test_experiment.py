@@ -171,7 +171,7 @@ REFUSED = [
     ),
     ("data.world=rings", "did you mean 'ring'"),
     ("network.kind=Unet", "did you mean 'UNet'"),
-    ("objective.distance.kind=L3", "must be one of L2, L1, Norm, PseudoHuber, LInf; got 'L3'"),
+    ("objective.distance.kind=L3", "one of L2, L1, Norm, PseudoHuber, LInf, LPIPS; got 'L3'"),
     ("objective.weight=karass", "did you mean 'karras'"),
     ("sampling.solver=huen", "did you mean 'heun'"),
     ("objective.noise_range.rho=3", r"set the table \[noise_range\]"),

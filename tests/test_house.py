@@ -13,7 +13,7 @@ FLOORS = {
         *["protocols", "noise", "schedules", "conventions", "ode", "distances", "weights"],
         *["guidance", "oracle"],
     },
-    1: {"parameterization", "networks"},
+    1: {"parameterization", "networks", "perceptual"},
     2: {"losses", "samplers", "editing"},
     3: {
         *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
@@ -23,7 +23,7 @@ FLOORS = {
 }
 THIRD_PARTY = {
     0: {"torch", "jaxtyping", "scipy"},
-    1: {"torch", "einops"},
+    1: {"torch", "einops", "lpips"},
     2: {"torch"},
     3: {
         *["torch", "numpy", "safetensors", "sklearn", "scipy", "PIL", "tqdm"],
