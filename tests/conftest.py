@@ -52,21 +52,28 @@ def separable():
 
 
 @pytest.fixture(scope="session")
-def lpips():
-    """The package `lpips`, also beside a torch for the CPU alone.
+def torchvision():
+    """The package torchvision, also beside a torch for the CPU alone.
 
-    torchvision's own wheel then cannot load its compiled half, and its import fails for want of
-    two operators, which LPIPS never calls. Here they are declared, and do nothing.
+    Its own wheel then cannot load its compiled half, and its import fails for want of two
+    operators, which neither LPIPS nor diffusers calls. Here they are declared, and do nothing.
     """
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        pytest.skip("pip install 'cmbook[lpips]'")
+        pass
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        lpips.library = library  # what is declared lives as long as this
+        yield library  # what is declared lives as long as this
+        return
+    yield None
+
+
+@pytest.fixture(scope="session")
+def lpips(torchvision):
+    """The package `lpips`."""
     return pytest.importorskip("lpips")
 
 

@@ -29,7 +29,7 @@ LABELS = torch.tensor([1, 3])
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs(torchvision):
     """The library itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports

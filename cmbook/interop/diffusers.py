@@ -384,8 +384,17 @@ class _Told(nn.Module):
 def _diffusers() -> Any:
     try:
         import diffusers
+
+        _ = (
+            diffusers.ConsistencyModelPipeline
+        )  # diffusers imports its parts when they are asked for
     except ImportError as error:
         raise ValueError("this needs diffusers: pip install 'cmbook[diffusers]'") from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"diffusers cannot be used here: {str(error).splitlines()[-1]}. If that names "
+            "torchvision, it is not of the torch that is installed"
+        ) from error
     return diffusers
 
 
