@@ -11,22 +11,27 @@ from dataclasses import dataclass
 from dataclasses import field as field_
 from importlib.resources import as_file, files
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from cmbook.networks.blocks import Attention
 from cmbook.oracle import DistanceToTruth
 from cmbook.protocols import Path as Path_
 from cmbook.protocols import Samples
 
 DATA, TRUTH, TEACHER, CD, CT = "#888888", "#000000", "#0072B2", "#D55E00", "#009E73"
+ENDS, BLOCK, RESAMPLE, ATTENTION, BRIDGE = "#333333", "#9FB4C7", "#E69F00", "#CC79A7", "#56B4E9"
 
 
 @contextmanager
@@ -194,6 +199,57 @@ def strip(
     return figure
 
 
+def anatomy(ax: Axes, module: nn.Module) -> Axes:
+    """A U-Net as its code runs: one box a layer from left to right, one row a resolution.
+
+    A box is as tall as it has channels; one that attends ends in a colored strip. An arc is a
+    bridge, from the layer that leaves it to the one that takes it. Dotted lines show the image
+    itself to NCSN++, smaller and smaller. Shapes are found by a run without numbers, on the meta
+    device: it takes a second at any size, and the module need not have weights.
+
+    Args:
+        ax: Where to draw; 8 by 4.4 inches suit the large networks.
+        module: What `UNet` or `NCSNpp` built.
+
+    Raises:
+        ValueError: If the module has no way down, middle and way up.
+
+    Source: ours; the form is that of Ronneberger et al. (2015), Figure 1.
+    """
+    if not all(hasattr(module, name) for name in ("inlet", "down", "middle", "up", "joins")):
+        raise ValueError(f"only a U-Net can be drawn so; got {type(module).__name__}")
+    parts, bridges = _parts(module), _bridges(module)
+    rows, bottom = dict[int, float](), 0.0  # the height of each row's middle
+    for side in sorted({part.side for part in parts}, reverse=True):
+        half = max(part.height for part in parts if part.side == side) / 2
+        arcs = [pair for pair in bridges if parts[pair[0]].side == side]
+        rows[side] = bottom - 0.3 - 0.1 * len(arcs) - half
+        bottom = rows[side] - half
+        for depth, (start, end) in enumerate(arcs):  # the innermost first
+            x, y = [start, start, end, end], rows[side] + half + 0.1 * (depth + 1)
+            ax.plot(x, [rows[side], y, y, rows[side]], color=BRIDGE, lw=1, zorder=0, gid="bridge")
+        ax.text(-1.6, rows[side], f"{side} × {side}", ha="right", va="center")
+    top, shown = rows[parts[0].side], _shown(module)
+    for i in shown:
+        y = rows[parts[i].side]
+        ax.plot([-0.8, -0.8, i], [top, y, y], ":", color=DATA, lw=1.4, zorder=0, gid="shown")
+    for i, part in enumerate(parts):
+        _part(ax, i, rows[part.side], part, parts[max(i - 1, 0)])
+    heights = [rows[part.side] for part in parts]
+    for i, (y, y_next) in enumerate(pairwise(heights)):  # down from a block, up into the next
+        turn = (i, y_next) if y_next < y else (i + 1, y)
+        ax.plot([i, turn[0], i + 1], [y, turn[1], y_next], color=ENDS, lw=1, zorder=1)
+    ax.plot([-1.3, 0], [top, top], [len(parts) - 1, len(parts) + 0.3], [top, top], color=ENDS, lw=1)
+    named = {"convolution": ENDS, "residual block": BLOCK, "halves or doubles": RESAMPLE}
+    named |= {"then attention": ATTENTION, "bridge": BRIDGE}
+    named |= {"the image, smaller": DATA} if shown else {}
+    keys = [Patch(color=color, label=name) for name, color in named.items()]
+    ax.legend(handles=keys, loc="lower right", fontsize=8, handlelength=1, borderaxespad=0)
+    ax.set(xlim=(-1.3, max(len(parts), 14) + 0.3), ylim=(bottom - 0.25, 0))
+    ax.set_axis_off()
+    return ax
+
+
 def loss_curve(ax: Axes, steps: Sequence[float], losses: Sequence[float]) -> Axes:
     """A loss against steps, on a logarithmic axis.
 
@@ -257,6 +313,70 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(f".unfinished-{path.name}")
     figure.savefig(unfinished, format=path.suffix.lstrip(".") or "png")
     unfinished.replace(path)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One layer of a U-Net, as it was seen at work; height 1 is that of the most channels."""
+
+    color: str
+    channels: int
+    side: int
+    height: float
+    attends: bool
+
+
+def _parts(net: Any) -> list[_Part]:
+    """Inlet, way down, middle, way up and outlet, as they run on an image without numbers."""
+    meta, layers = torch.device("meta"), [net.inlet, *net.down, *net.middle, *net.up, net.outlet]
+    shapes = list[tuple[int, ...]]()
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: shapes.append(out.shape[1:3]))
+        for layer in layers
+    ]
+    state = {name: w.to(meta) for name, w in [*net.named_parameters(), *net.named_buffers()]}
+    level = torch.zeros(1, device=meta)
+    told = {"label": level.long()} if net.conditioning.label else {}
+    told |= {"c_noise_next": level} if net.conditioning.second else {}
+    try:
+        functional_call(net, state, (torch.zeros(1, *net.shape, device=meta), level), told)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    most = max(channels for channels, _ in shapes)
+    parts = list[_Part]()
+    for layer, (channels, side) in zip(layers, shapes, strict=True):
+        color = RESAMPLE if parts and side != parts[-1].side else BLOCK
+        color = ENDS if layer in (net.inlet, net.outlet) else color
+        attends = isinstance(getattr(layer, "attention", None), Attention)
+        parts.append(_Part(color, channels, side, max(channels / most, 0.1), attends))
+    return parts
+
+
+def _bridges(net: Any) -> list[tuple[int, int]]:
+    """From which part to which, the innermost first."""
+    left, first = list(range(1 + len(net.down))), 1 + len(net.down) + len(net.middle)
+    return [(left.pop(), first + i) for i, joins in enumerate(net.joins) if joins]
+
+
+def _shown(net: Any) -> list[int]:
+    """The parts that are shown the image itself: those of NCSN++ that halve."""
+    if not len(getattr(net, "pyramid", [])):
+        return []
+    return [i for i, part in enumerate(net.down, 1) if not isinstance(part.resample, nn.Identity)]
+
+
+def _part(ax: Axes, x: float, y: float, part: _Part, before: _Part) -> None:
+    """A box around its place, its strip, and its channels if it is the first of a kind."""
+    bottom = y - part.height / 2
+    boxes = [(x - 0.37, 0.74, part.color)] + [(x + 0.12, 0.25, ATTENTION)] * part.attends
+    for left, width, color in boxes:
+        box = Rectangle((left, bottom), width, part.height, facecolor=color, lw=0, zorder=2)
+        ax.add_patch(box)
+    if part.color == BLOCK and (before.color, before.channels) != (BLOCK, part.channels):
+        paper = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
+        y = bottom - 0.05
+        ax.text(x, y, str(part.channels), ha="center", va="top", fontsize=7, bbox=paper)
 
 
 def _check_captions(points: Path_, captions: Sequence[str]) -> None:

@@ -49,6 +49,14 @@ def test_the_output_has_the_shape_of_the_input(network, shape):
 
 
 @pytest.mark.parametrize(("network", "shape"), ALL)
+def test_a_network_runs_without_numbers(network, shape):
+    """On the meta device, where shapes of the largest networks are found in a second."""
+    with torch.device("meta"):
+        module, x, level = network.build(shape), torch.empty(3, *shape), torch.empty(3)
+    assert module.to("meta")(x, level).shape == x.shape
+
+
+@pytest.mark.parametrize(("network", "shape"), ALL)
 def test_every_weight_gets_a_gradient(network, shape):
     module = built(network, shape, 4)
     x = normal(torch.empty(4, *shape), seeded(0))

@@ -9,7 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cmbook import Gaussian, NoiseRange, distance_to_truth, normal, plotting, seeded
+from cmbook import MLP, Gaussian, NoiseRange, distance_to_truth, normal, plotting, seeded
+from cmbook.networks import NCSNpp, UNet
+from cmbook.networks.blocks import Attention
 
 POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]])
 
@@ -194,3 +196,82 @@ def test_a_failed_save_leaves_the_older_picture(tmp_path, monkeypatch):
 def test_an_animation_of_nothing_is_refused(draw):
     with pytest.raises(ValueError, match="at least 1 frame"):
         draw(torch.zeros(0, 3, 2), [])
+
+
+# ── the anatomy of a U-Net ──
+
+NETWORKS = {
+    "small": (UNet(channels=16), (1, 16, 16), None),
+    "patches": (UNet(channels=16, patch=2, two_times=True, label_dropout=0.1), (3, 32, 32), 4),
+    "imagenet64": (
+        UNet(
+            channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8),
+            head_channels=64, middle=True, resample="block", time_scale=1000.0, groups="all",
+        ), (3, 64, 64), 1000,
+    ),
+    "convolutions": (UNet(multipliers=(1, 1, 2), resample="conv"), (3, 32, 32), None),
+    "ncsnpp": (NCSNpp(), (3, 32, 32), None),
+    "ddpmpp": (NCSNpp(embedding="positional", taps=(1, 1), pyramid=False), (3, 32, 32), None),
+}  # fmt: skip
+
+
+def boxes(ax, *colors):
+    return [p for p in ax.patches if p.get_facecolor() in map(matplotlib.colors.to_rgba, colors)]
+
+
+@pytest.fixture(params=NETWORKS)
+def drawn(request, ax):
+    network, shape, classes = NETWORKS[request.param]
+    with torch.device("meta"):
+        net = network.build(shape, classes)
+    return net, plotting.anatomy(ax, net)
+
+
+def test_an_anatomy_has_a_box_for_each_layer_and_a_strip_for_each_attention(drawn):
+    net, ax = drawn
+    layers = [net.inlet, *net.down, *net.middle, *net.up, net.outlet]
+    assert len(boxes(ax, plotting.ENDS, plotting.BLOCK, plotting.RESAMPLE)) == len(layers)
+    attends = sum(isinstance(module, Attention) for module in net.modules())
+    assert len(boxes(ax, plotting.ATTENTION)) == attends > 0
+
+
+def test_an_anatomy_shows_channels_as_heights_and_resolutions_as_rows(drawn):
+    net, ax = drawn
+    blocks = [layer for layer in [*net.down, *net.middle, *net.up] if hasattr(layer, "after")]
+    tall = [box for box in boxes(ax, plotting.BLOCK, plotting.RESAMPLE) if box.get_height() == 1]
+    assert len(tall) >= sum(
+        layer.after[-1].out_channels == max(b.after[-1].out_channels for b in blocks)
+        for layer in blocks
+    )
+    rows = {round(box.get_y() + box.get_height() / 2, 6) for box in boxes(ax, plotting.BLOCK)}
+    halvings = sum(not joins for joins in net.joins)
+    assert len(rows) == halvings + 1
+
+
+def test_every_bridge_of_an_anatomy_joins_two_layers_of_one_resolution(drawn):
+    net, ax = drawn
+    arcs = [line.get_xydata() for line in ax.lines if line.get_gid() == "bridge"]
+    assert len(arcs) == sum(net.joins) == 1 + len(net.down)
+    starts, ends = {arc[0, 0] for arc in arcs}, {arc[-1, 0] for arc in arcs}
+    assert starts == set(range(1 + len(net.down)))
+    assert ends == {1 + len(net.down) + 2 + i for i, joins in enumerate(net.joins) if joins}
+    assert all(arc[0, 1] == arc[-1, 1] < arc[1, 1] for arc in arcs)
+
+
+def test_the_image_is_shown_to_each_smaller_resolution_of_ncsnpp_alone(drawn):
+    net, ax = drawn
+    shown = sum(line.get_gid() == "shown" for line in ax.lines)
+    assert shown == len(getattr(net, "pyramid", []))
+
+
+def test_an_anatomy_leaves_the_network_as_it_was(ax):
+    net = UNet(channels=16).build((1, 16, 16))
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    plotting.anatomy(ax, net)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
+
+
+def test_only_a_u_net_has_an_anatomy(ax):
+    with pytest.raises(ValueError, match="only a U-Net can be drawn so; got MLPModule"):
+        plotting.anatomy(ax, MLP().build((2,)))

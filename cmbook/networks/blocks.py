@@ -273,7 +273,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape of `x`."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # the meta device knows no autocast
+        with torch.autocast(device, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             weight, bias = self.weight.to(wide), self.bias.to(wide)
             return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
