@@ -221,7 +221,16 @@ if TYPE_CHECKING:
         EDMScalings as EDMScalings,
     )
     from cmbook.parameterization import (
+        IDDPMScalings as IDDPMScalings,
+    )
+    from cmbook.parameterization import (
         Preconditioned as Preconditioned,
+    )
+    from cmbook.parameterization import (
+        VEScalings as VEScalings,
+    )
+    from cmbook.parameterization import (
+        VPScalings as VPScalings,
     )
     from cmbook.protocols import (
         Batch as Batch,
@@ -329,7 +338,9 @@ _NAMES = {
         "Dataset DistanceToTruth Gaussian GaussianMixture Guided World distance_to_truth"
     ),
     # floor 1 · models
-    "cmbook.parameterization": "ConsistencyScalings EDMScalings Preconditioned",
+    "cmbook.parameterization": (
+        "ConsistencyScalings EDMScalings VPScalings VEScalings IDDPMScalings Preconditioned"
+    ),
     "cmbook.networks": "MLP ResidualMLP UNet NCSNpp",
     # floor 2 · algorithms
     "cmbook.losses": (

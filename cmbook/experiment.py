@@ -48,7 +48,7 @@ class Training:
         batch_size: Samples per step.
         optimizer: Its `lr` is the peak rate.
         warmup: Steps of linear warm-up.
-        decay: What follows it: nothing, or a half cosine down to 0.
+        decay: What follows it: nothing, or a straight line or half cosine down to 0.
         average_decay: Of the moving average for sampling.
         also_average: Decays of further averages, chosen by `cmbook sample --average`.
         accumulation: Equal shards of a batch, evaluated one after the other, where memory is short.
@@ -63,7 +63,7 @@ class Training:
     batch_size: int = 512
     optimizer: AnyOptimizer = RAdam()
     warmup: int = 0
-    decay: Literal["none", "cosine"] = "none"
+    decay: Literal["none", "linear", "cosine"] = "none"
     average_decay: float = 0.9999
     also_average: tuple[float, ...] = ()
     accumulation: int = 1
@@ -213,6 +213,9 @@ def recipe_text(name_or_file: str) -> str:
 def loads(text: str, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
     """Read a recipe, with settings replaced by `key=value` pairs.
 
+    A recipe may begin with `base = "imagenet64/cd"`, the name or file of another: then it states
+    only what differs. A table with another `kind` than the base's replaces it whole.
+
     Args:
         text: TOML.
         overrides: Such as `objective.levels=40` or `training.optimizer.lr=1e-4`; values are
@@ -223,10 +226,7 @@ def loads(text: str, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
 
     Source: ours.
     """
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"the recipe is not valid TOML: {error}") from error
+    raw = _raw(text)
     raw.pop("record", None)
     for override in overrides:
         _override(raw, override)
@@ -235,6 +235,33 @@ def loads(text: str, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
             raise ValueError(f"{name}.noise_range is not a setting; set the table [noise_range]")
     experiment: Experiment = _read(Experiment, raw, "")
     return experiment
+
+
+def _raw(text: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe, on those of its base."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"the recipe is not valid TOML: {error}") from error
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ValueError(f"base must be the name of a recipe, such as 'digits/cd'; got {base!r}")
+    if base in above:
+        raise ValueError(f"the recipe is its own base: {' on '.join((*above, base))}")
+    return _merged(_raw(recipe_text(base), (*above, base)), raw)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One table on another."""
+    if above.get("kind", below.get("kind")) != below.get("kind"):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merged(below[key], value) if both else value
+    return merged
 
 
 def dumps(experiment: Experiment) -> str:

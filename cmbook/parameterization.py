@@ -1,13 +1,15 @@
 """From a bare network to a denoiser: c_skip, c_out, c_in and c_noise (Song et al. App. C)."""
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from cmbook.noise import NoiseRange, expand
-from cmbook.protocols import Labels, PerSample, Samples
+from cmbook.protocols import Grid, Labels, PerSample, Samples
 
 
 @runtime_checkable
@@ -115,7 +117,184 @@ class ConsistencyScalings:
         return self.noise_range.sigma_data
 
 
-AnyScalings = EDMScalings | ConsistencyScalings
+@dataclass(frozen=True)
+class VPScalings:
+    r"""The scalings of a variance-preserving model (DDPM++): the network says which noise is in x.
+
+    $$c_{skip} = 1,\quad c_{out} = -\sigma,\quad c_{in} = \frac{1}{\sqrt{\sigma^2 + 1}},\quad
+      c_{noise} = (M - 1)\,t(\sigma)$$
+
+    where σ(t) = √(exp(β_d t²/2 + β_min t) - 1) is the noise level at time t in (0, 1], and t(σ)
+    its inverse.
+
+    Any σ is taken as it is: nothing is rounded or clamped. Outside `sigma_range` the network is
+    told times that it was not trained on. The data count as of unit variance, so the sigma_data
+    of the range is not used.
+
+    Attributes:
+        noise_range: Of sampling.
+        beta_d: β_d, how fast noise comes faster.
+        beta_min: β_min, how fast it comes at first.
+        epsilon_t: The least time in training.
+        steps: M, the time steps of DDPM, which the network counts in.
+
+    Source: Karras et al. (2022), Table 1, column VP; Song et al. (2021), App. C.
+    """
+
+    noise_range: NoiseRange = NoiseRange()
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (self.beta_d > 0 and self.beta_min >= 0 and 0 < self.epsilon_t < 1):
+            raise ValueError(
+                "expected beta_d > 0, beta_min >= 0 and 0 < epsilon_t < 1; got "
+                f"{self.beta_d}, {self.beta_min} and {self.epsilon_t}"
+            )
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2; got {self.steps}")
+
+    def c_skip(self, sigma: PerSample) -> PerSample:
+        """How much of x passes by the network: all of it."""
+        return torch.ones_like(sigma)
+
+    def c_out(self, sigma: PerSample) -> PerSample:
+        """The scale of the network's output."""
+        return -sigma
+
+    def c_in(self, sigma: PerSample) -> PerSample:
+        """The scale of the network's input."""
+        return 1 / (sigma**2 + 1).sqrt()
+
+    def c_noise(self, sigma: PerSample) -> PerSample:
+        """How the network is told σ: as a time step, 0 ... M - 1, between the steps too."""
+        root = (self.beta_min**2 + 2 * self.beta_d * (sigma**2).log1p()).sqrt()
+        return (self.steps - 1) * (root - self.beta_min) / self.beta_d
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise levels of training: σ(epsilon_t) and σ(1)."""
+        low, high = (
+            math.sqrt(math.expm1(self.beta_d * t**2 / 2 + self.beta_min * t))
+            for t in (self.epsilon_t, 1.0)
+        )
+        return low, high
+
+
+@dataclass(frozen=True)
+class VEScalings:
+    r"""The scalings of a variance-exploding model (NCSN++): x as it is, and what to add to it.
+
+    $$c_{skip} = 1,\quad c_{out} = \sigma,\quad c_{in} = 1,\quad
+      c_{noise} = \ln(\sigma / 2)$$
+
+    Any σ is taken as it is: nothing is rounded, and only σ below 1e-9 is told as if it were 1e-9,
+    since ln 0 is not finite. The models were trained on 0.02 ... 100. The sigma_data of the range
+    is not used.
+
+    Source: Karras et al. (2022), Table 1, column VE; Song et al. (2021), App. C.
+    """
+
+    noise_range: NoiseRange = NoiseRange(sigma_min=0.02, sigma_max=100.0)
+
+    def c_skip(self, sigma: PerSample) -> PerSample:
+        """How much of x passes by the network: all of it."""
+        return torch.ones_like(sigma)
+
+    def c_out(self, sigma: PerSample) -> PerSample:
+        """The scale of the network's output."""
+        return sigma
+
+    def c_in(self, sigma: PerSample) -> PerSample:
+        """The scale of the network's input."""
+        return torch.ones_like(sigma)
+
+    def c_noise(self, sigma: PerSample) -> PerSample:
+        """How the network is told σ."""
+        return (0.5 * sigma.clamp(min=1e-9)).log()
+
+
+@dataclass(frozen=True)
+class IDDPMScalings:
+    r"""The scalings of improved DDPM and of the ADM: those of VP, told whole time steps.
+
+    $$c_{skip} = 1,\quad c_{out} = -\sigma,\quad c_{in} = \frac{1}{\sqrt{\sigma^2 + 1}},\quad
+      c_{noise} = M - 1 - \arg\min_j |u_j - \sigma|$$
+
+    with the noise levels $u_M = 0$ and, for $\bar\alpha_j = \sin^2\frac{\pi j}{2M(C_2 + 1)}$,
+
+    $$u_{j-1}^2 = \frac{u_j^2 + 1}{\max(\bar\alpha_{j-1}/\bar\alpha_j,\ C_1)} - 1.$$
+
+    The network is told the nearest of these levels: u_0, which is 20291, for all σ above it, and
+    u_M = 0 for those near 0 (the least level above is 0.0064). Every other use of σ is exact.
+    `round_sigma` gives that level, for samplers that stop at such levels only. The sigma_data of
+    the range is not used.
+
+    A network that says the variance too has twice the channels. Only the first half, the noise,
+    is of use here, and `cmbook.interop.edm` drops the rest.
+
+    Attributes:
+        noise_range: Of sampling.
+        C_1: Bounds how much noise one step may add.
+        C_2: Bounds how little noise the least level has.
+        M: The time steps of training.
+
+    Source: Karras et al. (2022), Table 1, column iDDPM; Nichol and Dhariwal (2021), §3.2.
+    """
+
+    noise_range: NoiseRange = NoiseRange()
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (0 < self.C_1 < 1 and self.C_2 > 0 and self.M >= 2):
+            raise ValueError(
+                f"expected 0 < C_1 < 1, C_2 > 0 and M >= 2; got {self.C_1}, {self.C_2} and {self.M}"
+            )
+
+    def c_skip(self, sigma: PerSample) -> PerSample:
+        """How much of x passes by the network: all of it."""
+        return torch.ones_like(sigma)
+
+    def c_out(self, sigma: PerSample) -> PerSample:
+        """The scale of the network's output."""
+        return -sigma
+
+    def c_in(self, sigma: PerSample) -> PerSample:
+        """The scale of the network's input."""
+        return 1 / (sigma**2 + 1).sqrt()
+
+    def c_noise(self, sigma: PerSample) -> PerSample:
+        """How the network is told σ: by the number of the nearest level, from -1 for 0."""
+        return (self.M - 1 - self._nearest(sigma)).to(sigma.dtype)
+
+    def round_sigma(self, sigma: PerSample) -> PerSample:
+        """The nearest level of training, or 0."""
+        return self.levels.to(sigma)[self._nearest(sigma)]
+
+    @property
+    def levels(self) -> Grid:
+        """The noise levels u_0 ... u_M, largest first, in float64; the last is 0."""
+        return _iddpm_levels(self.C_1, self.C_2, self.M)
+
+    def _nearest(self, sigma: PerSample) -> Tensor:
+        return (sigma[:, None] - self.levels.to(sigma)).abs().argmin(1)
+
+
+@lru_cache(maxsize=8)
+def _iddpm_levels(c_1: float, c_2: float, m: int) -> Grid:
+    """Products of ᾱ's ratios, from the last step back: 1 + u_j² grows by one factor a step."""
+    steps = torch.arange(m + 1, dtype=torch.float64, device="cpu")
+    kept = (math.pi / 2 * steps / m / (c_2 + 1)).sin() ** 2
+    ratios = (kept[:-1] / kept[1:]).clamp(min=c_1)
+    grown = -ratios.log().flip(0).cumsum(0).flip(0)
+    return torch.cat([grown.expm1().sqrt(), grown.new_zeros(1)])
+
+
+AnyScalings = EDMScalings | ConsistencyScalings | VPScalings | VEScalings | IDDPMScalings
 
 
 class Preconditioned(nn.Module):

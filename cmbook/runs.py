@@ -36,7 +36,7 @@ from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.interop.foreign import skeleton
 from cmbook.losses import ProgressiveDistillation
-from cmbook.networks import Network
+from cmbook.networks import MLP, Network
 from cmbook.noise import PerImage, seeded
 from cmbook.parameterization import ConsistencyScalings, Preconditioned
 from cmbook.protocols import Batch, Denoiser, Generator, Labels, Samples
@@ -389,6 +389,8 @@ def export(made: Run, folder: Path, *, half: bool = False) -> Path:
 def complete(recipe: Experiment) -> Experiment:
     """The recipe with the network filled in: where it names none, the teacher's.
 
+    The student's dropout may differ from the teacher's: the paper distills without.
+
     Raises:
         ValueError: If the teacher is missing, or recipe and teacher name different networks.
 
@@ -397,12 +399,21 @@ def complete(recipe: Experiment) -> Experiment:
     if recipe.teacher is None:
         return recipe
     theirs = load(recipe.teacher).recipe
-    if recipe.network not in (None, theirs.network):
+    if recipe.network is None:
+        return replace(recipe, network=theirs.network)
+    if _undropped(recipe.network) != _undropped(theirs.network):
         raise ValueError(
             f"the student starts as a copy of the teacher's {theirs.network}; the recipe asks for "
-            f"{recipe.network}. Leave out [network]"
+            f"{recipe.network}. Only dropout may differ; or leave out [network]"
         )
-    return replace(recipe, network=theirs.network)
+    return recipe
+
+
+def _undropped(network: Network | None) -> Network | None:
+    """The network without its dropout, which has no weights."""
+    if network is None or isinstance(network, MLP):
+        return network
+    return replace(network, dropout=0.0)
 
 
 def _teacher(recipe: Experiment, data: Data) -> Preconditioned | None:
@@ -439,9 +450,13 @@ def _guided(teacher: Preconditioned | None, scale: float) -> Denoiser | None:
 
 
 def _student(recipe: Experiment, data: Data, teacher: Preconditioned | None) -> Preconditioned:
+    assert recipe.network is not None  # Experiment has checked it, or `complete` has filled it in
     if teacher is not None:
-        return distilled(teacher, recipe.scalings)
-    assert recipe.network is not None  # Experiment has checked it
+        student = distilled(teacher, recipe.scalings)
+        for part in student.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = getattr(recipe.network, "dropout", 0.0)
+        return student
     return Preconditioned(
         _initialized(recipe.network, data.shape, data.classes, recipe.seed), recipe.scalings
     )

@@ -230,7 +230,7 @@ def distilled(teacher: Preconditioned, scalings: Scalings) -> Preconditioned:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A linear warm-up, then constant or a half cosine down to 0.
+    """A linear warm-up, then constant, or down to 0 in a straight line or a half cosine.
 
     Attributes:
         peak: The rate after the warm-up.
@@ -242,11 +242,13 @@ class LearningRate:
 
     peak: float
     warmup: int = 0
-    decay: Literal["none", "cosine"] = "none"
+    decay: Literal["none", "linear", "cosine"] = "none"
 
     def __call__(self, clock: Clock) -> float:
         """The rate of this step."""
         rate = self.peak * min(1.0, (clock.step + 1) / (self.warmup + 1))
+        if self.decay == "linear":
+            rate *= 1 - clock.progress
         if self.decay == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * clock.progress))
         return rate

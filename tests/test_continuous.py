@@ -17,7 +17,7 @@ from cmbook.losses import (
     tangent,
 )
 from cmbook.losses.continuous import curvature
-from cmbook.networks import MLP, ResidualMLP, UNet
+from cmbook.networks import MLP, NCSNpp, ResidualMLP, UNet
 from cmbook.noise import NoiseRange, Replay, normal, seeded
 from cmbook.ode import euler_step, velocity
 from cmbook.oracle import Gaussian, GaussianMixture
@@ -67,13 +67,19 @@ def test_off_its_paths_the_exact_function_changes():
         (MLP(width=16, depth=2), (2,)),
         (ResidualMLP(width=32, depth=1, told=16), (1, 8, 8)),
         (UNet(channels=16, attention=(8, 4), heads=2), (1, 8, 8)),
+        (UNet(channels=32, resample="block", time_scale=1000.0, groups="all"), (1, 8, 8)),
+        (UNet(channels=16, resample="conv", told="add"), (1, 8, 8)),
+        (NCSNpp(channels=16, multipliers=(1, 2), blocks=1, attention=(4,)), (1, 8, 8)),
     ],
-    ids=["mlp", "residual", "unet with attention"],
+    ids=["mlp", "residual", "unet with attention", "adm", "strided", "ncsn++"],
 )
 def test_our_networks_have_right_derivatives(network, shape):
+    """Where cosines of 1000 c_noise turn fast, the finite differences are the less exact ones."""
     x = normal(torch.empty(3, *shape), seeded(1))
     sigma = torch.tensor([0.05, 0.8, 10.0])
-    assert check_jvp(dressed(network, shape), x, sigma, generator=seeded(2)) < 1e-8
+    fast = getattr(network, "time_scale", None) or isinstance(network, NCSNpp)
+    allowed = 1e-5 if fast else 1e-8
+    assert check_jvp(dressed(network, shape), x, sigma, generator=seeded(2)) < allowed
 
 
 def test_a_frozen_view_has_the_derivative_of_the_model():

@@ -40,7 +40,20 @@ ABOVE = [
     *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
     *["data.prepare", "data.inspect", "data.fetch"],
     *["training", "checkpoints", "evaluation", "clouds", "features", "references"],
-    *[f"interop.{name}" for name in ("foreign", "official", "convert", "openai")],
+    *[
+        f"interop.{name}"
+        for name in (
+            "foreign",
+            "official",
+            "convert",
+            "openai",
+            "jcm",
+            "flax",
+            "edm",
+            "inert",
+            "diffusers",
+        )
+    ],
     *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]

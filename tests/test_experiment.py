@@ -2,18 +2,21 @@
 
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cmbook import (
     EDM,
+    L1,
     MLP,
     ConsistencyDistillation,
     ConsistencyScalings,
     ConsistencyTraining,
     Digits,
     Experiment,
+    IDDPMScalings,
     Images,
     LInf,
     NoiseRange,
@@ -21,6 +24,8 @@ from cmbook import (
     ResidualMLP,
     Toy,
     UNet,
+    VEScalings,
+    VPScalings,
 )
 from cmbook.experiment import dumps, loads, recipe_text, recipes
 from cmbook.schedules import FixedLevels
@@ -92,10 +97,13 @@ EXPERIMENTS = [
         ResidualMLP(dropout=1e-300),
         teacher='a "strange"\n folder \\ Ω',
     ),
+    Experiment(Toy(), EDM(), VPScalings(beta_d=1 / 3, steps=7), MLP()),
+    Experiment(Toy(), EDM(), VEScalings(), MLP()),
+    Experiment(Toy(), EDM(), IDDPMScalings(C_1=1e-4, M=7), MLP()),
 ]
 
 
-@pytest.mark.parametrize("recipe", EXPERIMENTS, ids=["plain", "nested", "odd"])
+@pytest.mark.parametrize("recipe", EXPERIMENTS, ids=["plain", "nested", "odd", "vp", "ve", "iddpm"])
 def test_a_recipe_written_and_read_is_equal(recipe):
     assert loads(dumps(recipe)) == recipe
 
@@ -269,3 +277,44 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
 def test_a_recipe_compares_by_value():
     recipe = loads(RING)
     assert recipe != replace(recipe, seed=1)
+
+
+# ── recipes on a base ──
+
+
+def test_a_recipe_on_a_base_states_only_what_differs():
+    base = loads(recipe_text("fashion/cd"))
+    ours = loads('base = "fashion/cd"\ntraining.steps = 3\nobjective.distance = { kind = "L1" }')
+    expected = replace(
+        base,
+        training=replace(base.training, steps=3),
+        objective=replace(base.objective, distance=L1()),
+    )
+    assert ours == expected
+
+
+def test_another_kind_replaces_the_whole_table():
+    ours = loads('base = "toy/ct"\nnetwork = { kind = "ResidualMLP" }')
+    assert ours.network == ResidualMLP()
+
+
+def test_a_base_may_have_a_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.toml").write_text('base = "toy/ct"\nseed = 7', encoding="utf-8")
+    ours = loads('base = "one.toml"\ntraining.steps = 3', ["seed=8"])
+    assert (ours.seed, ours.training.steps, ours.network) == (8, 3, MLP(width=128, depth=4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('base = "toy/cx"', "did you mean 'toy/c"),
+        ("base = 3", "base must be the name of a recipe"),
+        ('base = "self.toml"', "its own base: self.toml on self.toml"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("self.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        loads(text)

@@ -31,7 +31,7 @@ THIRD_PARTY = {
     },
     4: {
         *["torch", "einops", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"],
-        *["safetensors", "diffusers"],
+        *["safetensors", "msgpack", "diffusers"],
     },
     5: {"torch", "tyro", "tqdm", "numpy", "matplotlib"},
 }

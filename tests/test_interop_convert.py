@@ -145,7 +145,7 @@ def test_every_official_entry_is_whole(entry):
 def test_what_cannot_be_converted_is_said_in_one_line(capsys, weights):
     assert "nothing at" in stops(capsys, "convert", "missing.pt", "out")
     Path("words.pt").write_text("no weights", encoding="utf-8")
-    assert "no PyTorch file" in stops(capsys, "convert", "words.pt", "out")
+    assert "no file that PyTorch saved" in stops(capsys, "convert", "words.pt", "out")
     torch.save(weights, "model000.pt")
     said = stops(capsys, "convert", "model000.pt", "out", "--head-channels", "16")
     assert "--kind" in said

@@ -6,7 +6,14 @@ from torch import nn
 
 from cmbook.networks import MLP, ResidualMLP, UNet
 from cmbook.noise import NoiseRange, normal, seeded
-from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
+from cmbook.parameterization import (
+    ConsistencyScalings,
+    EDMScalings,
+    IDDPMScalings,
+    Preconditioned,
+    VEScalings,
+    VPScalings,
+)
 
 RANGE = NoiseRange()
 
@@ -147,3 +154,80 @@ def test_half_precision_sigma_is_refused():
 def test_float64_sigma_does_not_promote_float32_samples():
     model = Preconditioned(Loud(), ConsistencyScalings())
     assert model(torch.ones(1, 1), torch.ones(1, dtype=torch.float64)).dtype == torch.float32
+
+
+# ── the dresses of other papers ──
+
+OTHERS = [VPScalings(), VEScalings(), IDDPMScalings()]
+
+
+@pytest.mark.parametrize("scalings", OTHERS, ids=lambda s: type(s).__name__)
+def test_other_dresses_are_their_column_of_the_table(scalings):
+    """Karras et al. (2022), Table 1; and D(x, 0) = x."""
+    s = torch.logspace(-2, 1.9, 7, dtype=torch.float64)
+    up = -1 if not isinstance(scalings, VEScalings) else 1
+    torch.testing.assert_close(scalings.c_skip(s), torch.ones_like(s))
+    torch.testing.assert_close(scalings.c_out(s), up * s)
+    scaled = torch.ones_like(s) if up > 0 else (1 + s**2) ** -0.5
+    torch.testing.assert_close(scalings.c_in(s), scaled)
+    x = torch.ones(2, 3)
+    assert torch.equal(Preconditioned(Loud(), scalings)(x, torch.zeros(2)), x)
+    assert scalings.c_noise(s).dtype == s.dtype
+    assert scalings.c_noise(s.float()).dtype == torch.float32
+
+
+def test_vp_is_told_the_time_of_a_noise_level():
+    scalings = VPScalings()
+    t = torch.linspace(1e-5, 1, 50, dtype=torch.float64)
+    sigma = (19.9 * t**2 / 2 + 0.1 * t).expm1().sqrt()
+    torch.testing.assert_close(scalings.c_noise(sigma), 999 * t)
+    assert scalings.sigma_range == pytest.approx((float(sigma[0]), float(sigma[-1])))
+    assert scalings.sigma_range == pytest.approx((0.001, 152.2), rel=1e-3)
+    root = (1 + sigma**2).rsqrt()  # alpha: signal and noise together keep unit variance
+    torch.testing.assert_close(root**2 + (root * sigma) ** 2, torch.ones_like(root))
+
+
+def test_ve_is_told_the_logarithm_of_half_the_level():
+    sigma = torch.tensor([0.02, 2.0, 100.0], dtype=torch.float64)
+    told = VEScalings().c_noise(sigma)
+    torch.testing.assert_close(told, (sigma / 2).log())
+    assert VEScalings().noise_range == NoiseRange(0.02, 100.0)
+
+
+def test_iddpm_levels_follow_their_recurrence():
+    scalings = IDDPMScalings(C_1=0.002, C_2=0.01, M=50)
+    u = scalings.levels
+    kept = (torch.pi / 2 * torch.arange(51).double() / 50 / 1.01).sin() ** 2
+    for j in range(50, 0, -1):
+        ratio = max(float(kept[j - 1] / kept[j]), 0.002)
+        assert float(u[j - 1]) == pytest.approx((float(u[j] ** 2 + 1) / ratio - 1) ** 0.5)
+    assert float(u[50]) == 0
+    usual = IDDPMScalings().levels
+    assert usual[[0, 8, 999]].tolist() == pytest.approx([20291.17, 80.2037, 0.0064], rel=5e-3)
+
+
+def test_iddpm_is_told_the_nearest_level():
+    scalings = IDDPMScalings()
+    u = scalings.levels
+    told = scalings.c_noise(u)
+    assert told.tolist() == [999.0 - j for j in range(1001)]
+    between = (0.6 * u[:-1] + 0.4 * u[1:]).float()
+    assert torch.equal(scalings.c_noise(between), told[:-1].float())
+    assert torch.equal(scalings.round_sigma(between), u[:-1].float())
+    outside = torch.tensor([0.0, 1e6], dtype=torch.float64)
+    assert scalings.c_noise(outside).tolist() == [-1.0, 999.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (VPScalings, {"beta_d": 0.0}, "expected beta_d > 0"),
+        (VPScalings, {"epsilon_t": 1.0}, "expected beta_d > 0"),
+        (VPScalings, {"steps": 1}, "steps must be at least 2"),
+        (IDDPMScalings, {"C_1": 0.0}, "expected 0 < C_1 < 1"),
+        (IDDPMScalings, {"M": 1}, "expected 0 < C_1 < 1"),
+    ],
+)
+def test_dresses_refuse_numbers_that_make_no_levels(kind, settings, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**settings)

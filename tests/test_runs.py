@@ -475,7 +475,7 @@ def test_a_consistency_model_is_no_teacher(finished, tmp_path):
     [
         ({"data": Toy(labelled=True)}, "0 classes; this recipe's data has .* and 8"),
         ({"noise_range": NoiseRange(sigma_max=10.0, sigma_data=0.3)}, "sigma_data 0.5, this reci"),
-        ({"network": MLP(17, 2)}, r"Leave out \[network\]"),
+        ({"network": MLP(17, 2)}, r"leave out \[network\]"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path, change, message):
@@ -875,3 +875,25 @@ def test_without_tensorboard_a_sentence_says_what_to_install(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"pip install 'cmbook\[tensorboard\]'"):
         make(CT_RUN, tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_may_drop_other_units_than_its_teacher(tmp_path):
+    """The teacher with dropout, the student without, as in the paper: weights are copied."""
+    unet = UNet(8, (1,), attention=(), dropout=0.5)
+    training = replace(EDM_RUN.training, steps=1, batch_size=4)
+    first = replace(
+        EDM_RUN, data=Digits(), network=unet, noise_range=NoiseRange(), training=training
+    )
+    make(first, tmp_path / "edm")
+    second = replace(
+        cd_run(tmp_path / "edm"),
+        data=Digits(),
+        network=replace(unet, dropout=0.0),
+        noise_range=NoiseRange(),
+        sampling=Sampling(),
+        training=training,
+    )
+    student = make(second, tmp_path / "cd").model
+    rates = {part.p for part in student.modules() if isinstance(part, torch.nn.Dropout)}
+    assert rates == {0.0}
+    assert load(tmp_path / "cd").recipe.network.dropout == 0.0

@@ -320,6 +320,7 @@ def test_the_clock_of_the_steps_counts_from_zero():
         (LearningRate(2.0), 99, 2.0),
         (LearningRate(2.0, warmup=3), 0, 0.5),
         (LearningRate(2.0, warmup=3), 3, 2.0),
+        (LearningRate(2.0, decay="linear"), 25, 1.5),
         (LearningRate(2.0, decay="cosine"), 0, 2.0),
         (LearningRate(2.0, decay="cosine"), 50, 1.0),
         (LearningRate(2.0, warmup=1, decay="cosine"), 0, 1.0),

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 import cmbook
 from cmbook import checkpoints, experiment
 from cmbook.data import Images, fingerprint
-from cmbook.experiment import AnyScalings, Experiment, Sampling, Training
+from cmbook.experiment import Experiment, Sampling, Training
 from cmbook.interop import openai
 from cmbook.interop.foreign import Foreign, looks_like
 from cmbook.interop.official import local, published
 from cmbook.losses import EDM, ConsistencyTraining
-from cmbook.parameterization import ConsistencyScalings, Scalings
+from cmbook.parameterization import AnyScalings, ConsistencyScalings, Scalings
 
 SECOND = 22  # of 40 levels: where the paper's ImageNet models are evaluated a second time
 
@@ -41,9 +41,9 @@ def read(source: str | Path, *, scalings: Scalings | None = None, **knobs: Any) 
             "`cmbook get NAME` fetches one"
         )
     if path.is_dir():
-        from cmbook.interop import diffusers
+        from cmbook.interop.diffusers import read as read_diffusers
 
-        return diffusers.read(path, scalings=scalings)
+        return read_diffusers(path, scalings=scalings)
     if path.suffix == ".pkl":
         from cmbook.interop import edm
 

@@ -85,7 +85,9 @@ def check_weights(state: Any, origin: str) -> Weights:
 
     Source: ours.
     """
-    if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(n, str) and isinstance(w, Tensor) for n, w in state.items()
+    ):
         raise ValueError(
             f"{origin} must hold a dictionary of names and tensors; it holds "
             f"{type(state).__name__}"

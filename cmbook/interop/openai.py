@@ -29,6 +29,7 @@ from cmbook.interop.official import local
 from cmbook.networks import UNet
 from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned, Scalings
 
+FIRST = ("input_blocks.0.0.weight", "time_embed.0.weight")
 COARSEST = 8  # the side of the coarsest features in every official model
 INSIDE = [  # (ours, theirs) inside a block
     ("before.0", "in_layers.0"),
@@ -49,6 +50,16 @@ OUTSIDE = [  # (ours, theirs) outside the blocks
     ("outlet.0", "out.0"),
     ("outlet.2", "out.2"),
 ]
+
+
+_ADM: dict[str, Any] = {
+    "attention": (32, 16, 8), "head_channels": 64, "middle": True, "resample": "block",
+    "time_scale": 1000.0, "groups": "all",
+}  # fmt: skip
+PUBLISHED: dict[str, tuple[UNet, tuple[int, ...], int | None]] = {
+    "imagenet64": (UNet(192, (1, 2, 3, 4), 3, **_ADM), (3, 64, 64), 1000),
+    "lsun256": (UNet(256, (1, 1, 2, 2, 4, 4), 2, told="add", **_ADM), (3, 256, 256), None),
+}
 
 
 def load(
@@ -99,20 +110,27 @@ def read(
     else:
         file = local(path_or_state_dict)
         state, origin = read_pt(file), str(file)
-    if "input_blocks.0.0.weight" not in state or "time_embed.0.weight" not in state:
+    if not any(name in state for name in FIRST):
         raise ValueError(
             f"{origin} is not a U-Net of openai/consistency_models: {looks_like(state)}"
         )
     scalings = scalings or _scalings(origin)
     try:
         network, shape, classes = _architecture(state, head_channels, image_size)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"{origin} was cut short: it has no {error.args[0]!s}") from error
-    net = skeleton(network, shape, classes)
+        net = skeleton(network, shape, classes)
+    except KeyError as error:
+        raise ValueError(f"{origin} was cut short: it has no {error.args[0]}") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{origin} holds no network of openai/consistency_models: {error}"
+        ) from error
     names = _names(network, net.state_dict())
     expected = {theirs: net.state_dict()[ours].shape for ours, theirs in names.items()}
     state = _modern(state, head_channels)
-    check_fit(expected, state, origin)
+    try:
+        check_fit(expected, state, origin)
+    except ValueError as error:
+        raise ValueError(f"{error}{_nearest(state)}") from None
     weights = {ours: state[theirs].float() for ours, theirs in names.items()}
     return Foreign(network, shape, classes, scalings, weights, origin)
 
@@ -158,12 +176,17 @@ def read_pt(path: Path) -> Weights:
     """The tensors of a file that PyTorch saved; nothing in it is run.
 
     Raises:
-        ValueError: If there is no such file, it would run code, or it is damaged.
+        ValueError: If there is no such file, it is of another kind, would run code, or is damaged.
 
     Source: PyTorch, `torch.load` with `weights_only`.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; `cmbook get` lists the official ones")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start.startswith((b"PK", b"\x80")):  # an archive, or what came before archives
+        begins = f"it begins with {start!r}" if start else "it is empty"
+        raise ValueError(f"{path} is no file that PyTorch saved: {begins}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -171,9 +194,27 @@ def read_pt(path: Path) -> Weights:
             f"{path} holds more than tensors, and loading it would run code; it was not loaded"
         ) from error
     except Exception as error:  # a damaged archive may raise anything
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{path} is damaged or no PyTorch file: {reason}") from error
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} is damaged: {reason}") from error
     return check_weights(state, str(path))
+
+
+def _nearest(state: Weights) -> str:
+    """The published network that comes nearest to some weights, if one comes near."""
+    shared: dict[str, float] = {}
+    for name, (network, shape, classes) in PUBLISHED.items():
+        ours = skeleton(network, shape, classes).state_dict()
+        theirs = _names(network, ours)
+        fits = sum(
+            theirs[n] in state and state[theirs[n]].shape == w.shape for n, w in ours.items()
+        )
+        shared[name] = fits / len(ours)
+    best = max(shared, key=lambda name: shared[name])
+    if shared[best] < 0.5:
+        return ""
+    return (
+        f". The recipes {best}/* would fit: {shared[best]:.0%} of their network's weights are there"
+    )
 
 
 def _scalings(origin: str) -> Scalings:
@@ -192,19 +233,26 @@ def _architecture(
     state: Weights, head_channels: int, image_size: int | None
 ) -> tuple[UNet, tuple[int, ...], int | None]:
     """The network, read off names and shapes."""
-    count = {
-        part: 1 + max(int(n.split(".")[1]) for n in state if n.startswith(part))
-        for part in ("input_blocks", "output_blocks")
-    }
+    if head_channels < 1:
+        raise ValueError(f"head_channels must be at least 1; got {head_channels}")
+    there = {part: _numbers(state, part) for part in ("input_blocks", "output_blocks")}
+    count = {part: 1 + max(numbers) for part, numbers in there.items()}
+    lost = [j for j in range(count["output_blocks"]) if j not in there["output_blocks"]]
+    if lost:
+        raise KeyError(f"output_blocks.{lost[0]}")
     doubles = [
         n for n in state if re.fullmatch(r"output_blocks\.\d+\.[12]\..*(conv|layers\.2)\.weight", n)
     ]
-    there = {int(n.split(".")[1]) for n in state if n.startswith("input_blocks")}
-    halvings = len(doubles) or count["input_blocks"] - len(there)  # averages leave only a gap
+    gaps = count["input_blocks"] - len(there["input_blocks"])
+    halvings = len(doubles) or gaps  # averages have no weights and leave only a gap
+    if count["output_blocks"] % (halvings + 1):  # every resolution has as many
+        raise KeyError(f"output_blocks.{count['output_blocks']}")
     blocks = count["output_blocks"] // (halvings + 1) - 1
     firsts = [1 + level * (blocks + 1) for level in range(halvings + 1)]
     channels = state["time_embed.0.weight"].shape[1]
     widths = [state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in firsts]
+    if any(width % channels for width in widths):
+        raise ValueError(f"{widths} channels are no whole multiples of its first {channels}")
     coarsest = [
         level for level, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in state
     ]
@@ -227,6 +275,14 @@ def _architecture(
         groups="all",
     )
     return network, (state["input_blocks.0.0.weight"].shape[1], side, side), classes
+
+
+def _numbers(state: Weights, part: str) -> set[int]:
+    """Of the blocks of a part that have weights."""
+    numbers = {int(m[1]) for n in state if (m := re.match(rf"{part}\.(\d+)\.", n))}
+    if not numbers:
+        raise KeyError(part)
+    return numbers
 
 
 def _names(network: UNet, ours: dict[str, Any]) -> dict[str, str]:
@@ -267,7 +323,7 @@ def _modern(state: Weights, head_channels: int) -> Weights:
         new[name] = weight[..., None]
         if name.endswith("qkv.weight"):
             bias = name.replace("weight", "bias")
-            for part in (name, bias):
+            for part in [part for part in (name, bias) if part in new]:
                 if new[part].shape[0] % (3 * head_channels):
                     raise ValueError(
                         f"{part} has {new[part].shape[0]} channels, not a multiple of "
@@ -277,6 +333,6 @@ def _modern(state: Weights, head_channels: int) -> Weights:
                     new[part], "(h three d) ... -> (three h d) ...", three=3, d=head_channels
                 )
     images = state["input_blocks.0.0.weight"].shape[1]
-    if state["out.2.weight"].shape[0] == 2 * images:
-        new |= {name: state[name][:images] for name in ("out.2.weight", "out.2.bias")}
+    last = {name: state[name] for name in ("out.2.weight", "out.2.bias") if name in state}
+    new |= {n: w[:images] for n, w in last.items() if len(w) == 2 * images}
     return new
