@@ -1,6 +1,6 @@
 """The U-Net for images: down to coarse features, up again, with a bridge at every resolution.
 
-One file from a laptop's 180,000 parameters to the ADM of Dhariwal and Nichol (2021) with the
+One file from a laptop's network to the ADM of Dhariwal and Nichol (2021) with the
 296 million of ImageNet 64x64 and the 526 million of LSUN 256x256.
 """
 
