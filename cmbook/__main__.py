@@ -6,6 +6,7 @@ cmbook get | convert | data | configs | notebooks
 
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -379,8 +380,8 @@ class Convert:
     """The new folder."""
     kind: Literal["diffusion", "consistency"] | None = None
     """What kind of model it is, where neither name nor settings tell."""
-    head_channels: int = 64
-    """Of one attention head of an official U-Net, which its weights do not tell."""
+    head_channels: int | None = None
+    """Of one attention head of an official U-Net, which its weights do not tell; 64 by default."""
     image_size: int | None = None
     """Side of the images, where the coarsest features are not 8x8."""
 
@@ -390,13 +391,15 @@ class Convert:
         from cmbook.parameterization import ConsistencyScalings, EDMScalings
 
         kinds = {"diffusion": EDMScalings(), "consistency": ConsistencyScalings(), None: None}
-        convert(
+        made = convert(
             self.source,
             self.folder,
             scalings=kinds[self.kind],
             head_channels=self.head_channels,
             image_size=self.image_size,
         )
+        kind = type(made.recipe.scalings).__name__.removesuffix("Scalings")
+        print(f"read as: {kind}, {made.recipe.network}, {made.record['shape']}")
         print(f"the model is in {self.folder}. Next: cmbook sample {shlex.quote(str(self.folder))}")
 
 
@@ -626,7 +629,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         _stop(str(error))
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        if not isinstance(error, MemoryError) and not re.search(
+            r"out of memory|allocate memory|not enough memory", str(error), re.IGNORECASE
+        ):
             raise
         _stop("not enough memory; ask for a smaller batch or network, fewer levels or samples")
     except KeyboardInterrupt as stop:

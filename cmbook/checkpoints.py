@@ -87,15 +87,20 @@ def share(folder: Path, model: nn.Module, recipe: str, *, half: bool = False) ->
         raise ValueError(f"{folder} exists already; name another folder")
     weights = _weights(model)
     if half:
-        weights = {n: w.half() if w.is_floating_point() else w for n, w in weights.items()}
+        halved = {n for n, w in weights.items() if w.is_floating_point() and "frequencies" not in n}
+        weights = {n: w.half() if n in halved else w for n, w in weights.items()}
         if not all(bool(w.isfinite().all()) for w in weights.values()):
             raise ValueError("a weight is too large for half precision; export without half")
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(weights, unfinished / "average.safetensors")
-    (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
-    _seal(unfinished, folder)
+    try:
+        save_file(weights, unfinished / "average.safetensors")
+        (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
+        _seal(unfinished, folder)
+    except BaseException:  # also Ctrl-C: what is not whole does not stay
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def checkpoints(folder: Path) -> list[Path]:

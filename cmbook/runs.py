@@ -38,7 +38,7 @@ from cmbook.interop.foreign import skeleton
 from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import MLP, Network
 from cmbook.noise import PerImage, seeded
-from cmbook.parameterization import ConsistencyScalings, Preconditioned
+from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
 from cmbook.protocols import Batch, Denoiser, Generator, Labels, Samples
 from cmbook.samplers import multistep, ode_sample, prior, progressive
 from cmbook.training import State, Step, distilled, train
@@ -424,6 +424,12 @@ def _teacher(recipe: Experiment, data: Data) -> Preconditioned | None:
         raise ValueError(
             f"the teacher {recipe.teacher} is a consistency model; a teacher is a diffusion "
             "model, such as cmbook train digits/edm makes"
+        )
+    if not isinstance(theirs.recipe.scalings, EDMScalings):
+        raise ValueError(
+            f"the teacher {recipe.teacher} has {type(theirs.recipe.scalings).__name__}: its "
+            "network is told other times and says other things than a consistency model's, so a "
+            "student cannot start as its copy. In Python, `train` takes any denoiser as teacher"
         )
     if (theirs.record["shape"], theirs.record["classes"]) != (list(data.shape), data.classes or 0):
         raise ValueError(

@@ -278,3 +278,35 @@ def test_impossible_sizes_are_refused(make, message):
 
 def test_a_unet_of_odd_width_still_normalizes():
     built(UNet(channels=3, heads=1), (1, 8, 8))(torch.ones(1, 1, 8, 8), torch.zeros(1), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_stay_exact_when_weights_are_rounded(dtype):
+    for network in (UNet(32, (1,), time_scale=1000.0), NCSNpp(channels=16, multipliers=(1,))):
+        net = network.build((3, 8, 8))
+        before = net.conditioning.sinusoids.frequencies.clone()
+        net.to(dtype)
+        assert torch.equal(net.conditioning.sinusoids.frequencies, before)
+        assert net.inlet.weight.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"resample": "blocks"}, {"told": "ad"}, {"groups": "al"}, {"embedding": "fourrier"}]
+)
+def test_a_switch_that_is_none_is_refused(knobs):
+    with pytest.raises((ValueError, TypeError), match=next(iter(knobs))):  # here types are checked
+        (NCSNpp if "embedding" in knobs else UNet)(**knobs)
+
+
+def test_two_noise_levels_are_one_a_sample():
+    net = UNet(channels=16, heads=2, two_times=True).build((1, 8, 8))
+    with pytest.raises(ValueError, match="both noise levels must be one a sample"):
+        net(torch.ones(2, 1, 8, 8), torch.zeros(2), None, torch.zeros(1))
+
+
+def test_labels_of_any_integer_type_are_taken():
+    net = UNet(channels=16, heads=2).build((1, 8, 8), 4).eval()
+    x, zero = torch.ones(2, 1, 8, 8), torch.zeros(2)
+    net(x, zero, torch.tensor([1, 3], dtype=torch.int16))
+    with pytest.raises(ValueError, match=r"label must be 2 integers"):
+        net(x, zero, torch.tensor([True, False]))

@@ -16,22 +16,26 @@ diffusers itself; pipelines and teachers do: `pip install 'cmbook[diffusers]'`.
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cmbook.interop.foreign import Foreign, Weights, check_fit, check_weights, skeleton
+from cmbook.interop.foreign import Foreign, Weights, check_fit, read_safetensors, skeleton
 from cmbook.interop.openai import check_official, read_pt
 from cmbook.networks import UNet
 from cmbook.noise import NoiseRange
-from cmbook.parameterization import ConsistencyScalings, Preconditioned, Scalings
+from cmbook.parameterization import (
+    ConsistencyScalings,
+    EDMScalings,
+    Preconditioned,
+    Scalings,
+)
 from cmbook.protocols import Labels, PerSample, Samples
 
+LARGEST = 100_000  # of the numbers of a config
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 OUTSIDE = [  # (ours, theirs) outside the blocks
     ("conditioning.layers.0", "time_embedding.linear_1"),
@@ -54,7 +58,8 @@ FIXED: dict[str, Any] = {  # settings whose other values our U-Net does not comp
     "act_fn": "silu", "add_attention": True, "center_input_sample": False,
     "class_embed_type": None, "flip_sin_to_cos": True, "freq_shift": 0,
     "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 32,
-    "time_embedding_type": "positional", "downsample_padding": 1, "time_embedding_dim": None,
+    "mid_block_type": "UNetMidBlock2D", "time_embedding_type": "positional",
+    "downsample_padding": 1, "time_embedding_dim": None,
 }  # fmt: skip
 
 
@@ -100,6 +105,10 @@ def read(
             scheduler.setdefault("_class_name", type(source.scheduler).__name__)
     scalings = scalings or _scalings(scheduler, origin)
     network, shape, classes = _network(config, image_size, origin)
+    if not isinstance(scalings, EDMScalings | ConsistencyScalings):
+        network = replace(network, time_scale=1.0)  # c_noise is the time step itself
+    if network.blocks > len(state):
+        raise ValueError(f"{origin} was cut short: it has only {len(state)} weights")
     ours = skeleton(network, shape, classes).state_dict()
     names = {name: _theirs(name, network) for name in ours}
     expected = {
@@ -352,7 +361,9 @@ def teacher(unet: nn.Module, scheduler: Any) -> Preconditioned:
     if hasattr(scheduler, "alphas_cumprod"):
         signal = scheduler.alphas_cumprod.double()
         sigmas = ((1 - signal) / signal).sqrt()
-        levels = tuple(sigma for sigma in sigmas.tolist() if 0 < sigma < float("inf"))
+        levels = tuple(sigmas[: -1 if sigmas[-1].isinf() else None].tolist())
+        if not 0 < levels[0] < levels[-1] < float("inf") or sorted(set(levels)) != list(levels):
+            raise ValueError(f"the scheduler's alphas_cumprod must fall from below 1; got {signal}")
         noise_range = NoiseRange(sigma_min=levels[0], sigma_max=levels[-1])
         scalings: Scalings = StepScalings(noise_range, config.prediction_type, levels)
     elif type(scheduler).__name__.startswith("FlowMatch"):
@@ -409,12 +420,10 @@ def _folder(folder: Path) -> tuple[dict[str, Any], Weights, dict[str, Any] | Non
         )
     scheduler = _json(folder / "scheduler/scheduler_config.json") if whole else None
     file = place / "diffusion_pytorch_model.safetensors"
-    if not file.is_file():
-        return config, read_pt(file.with_suffix(".bin")), scheduler
-    try:
-        return config, check_weights(load_file(file), str(file)), scheduler
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or was cut short: {error}") from error
+    older = file.with_suffix(".bin")
+    if not file.is_file() and older.is_file():
+        return config, read_pt(older), scheduler
+    return config, read_safetensors(file), scheduler
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -474,8 +483,17 @@ def _network(
             raise ValueError(
                 f"{origin} has settings that our U-Net does not compute: {'; '.join(odd)}"
             )
-        side, channels = image_size or config["sample_size"], config["in_channels"]
-        if not isinstance(side, int) or config["out_channels"] != channels:
+        side = config["sample_size"] if image_size is None else image_size
+        channels, counts = config["in_channels"], [config["layers_per_block"], side]
+        counts += [config["in_channels"], config["attention_head_dim"], config["num_class_embeds"]]
+        if any(type(n) is not int or not 0 < n <= LARGEST for n in counts if n is not None):
+            raise ValueError(
+                f"{origin}: layers_per_block, sample_size, in_channels, attention_head_dim and "
+                f"num_class_embeds must be whole numbers in 1 ... {LARGEST}"
+            )
+        if config["attention_head_dim"] is None:
+            raise ValueError(f"{origin}: attention_head_dim must be given")
+        if side is None or config["out_channels"] != channels:
             raise ValueError(
                 f"{origin}: sample_size and channels must be whole numbers; say image_size"
             )
@@ -490,6 +508,7 @@ def _network(
             told="scale-shift" if shifts else "add",
             time_scale=1000.0,
             groups="all",
+            dropout=float(config.get("dropout", 0.0)),
         )
         return network, (channels, side, side), config.get("num_class_embeds")
     except KeyError as error:

@@ -31,8 +31,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmbook.interop.foreign import Foreign, Weights, check_fit, check_weights, looks_like, skeleton
+from cmbook.interop.foreign import (
+    Foreign,
+    Weights,
+    check_fit,
+    check_weights,
+    looks_like,
+    read_safetensors,
+    skeleton,
+)
 from cmbook.interop.inert import Inert, number, read_pickle, table, tensors
+from cmbook.interop.official import local
 from cmbook.interop.openai import read_pt
 from cmbook.networks import NCSNpp, UNet
 from cmbook.networks.blocks import check_dropout
@@ -88,7 +97,8 @@ def load(
     Args:
         path_or_state_dict: A released pickle such as `edm-cifar10-32x32-uncond-vp.pkl`, or a
             state dict, its file or itself, with or without `model.` before its names.
-        scalings: By default those of the pickle, and `EDMScalings()` for a state dict.
+        scalings: By default those of the pickle, and `EDMScalings()` for a dictionary. A file of
+            bare tensors does not tell, nor does a pickle of an unknown class.
         label_dropout: Above 0, the network can be called without a class, which is the official
             vector 0; by default as it was trained. Networks trained without give something that
             nobody trained.
@@ -118,12 +128,20 @@ def read(
 
     Source: as `load`.
     """
-    origin, own, dropped = "the state dict", None, 0.0
+    own: AnyScalings | None = EDMScalings()
+    origin, dropped = "the state dict", 0.0
     if isinstance(path_or_state_dict, dict):
         state = check_weights(path_or_state_dict, origin)
     else:
-        origin = str(path_or_state_dict)
-        state, own, dropped = _read_file(Path(path_or_state_dict))
+        file = local(path_or_state_dict)
+        origin = str(file)
+        state, own, dropped = _read_file(file)
+    scalings = scalings or own
+    if scalings is None:
+        raise ValueError(
+            f"{origin} does not tell how its network becomes a denoiser; say "
+            "scalings=EDMScalings() or another; on the command line, --kind"
+        )
     dropped = dropped if label_dropout is None else label_dropout
     check_dropout(dropped, "label_dropout")
     state = {n.removeprefix("model."): w for n, w in state.items() if n != "u"}  # levels of iDDPM
@@ -144,7 +162,7 @@ def read(
     if classes:
         weights[LABEL] = _rows(state, network)
     weights = {name: weight.float() for name, weight in weights.items()}
-    return Foreign(network, shape, classes, scalings or own or EDMScalings(), weights, origin)
+    return Foreign(network, shape, classes, scalings, weights, origin)
 
 
 def export(model: Preconditioned, network: NCSNpp | UNet) -> Weights:
@@ -201,6 +219,8 @@ def _read_file(path: Path) -> tuple[Weights, AnyScalings | None, float]:
         raise ValueError(f"there is no file {path}")
     if path.suffix in (".pt", ".pth"):
         return read_pt(path), None, 0.0
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), None, 0.0
     held = read_pickle(path)
     if isinstance(held, dict) and not isinstance(held, Inert):
         held = held.get("ema", held)
@@ -245,6 +265,8 @@ def _architecture(state: Weights) -> tuple[NCSNpp | UNet, tuple[int, ...]]:
     blocks = [(int(m[1]), int(m[2])) for m in map(BLOCK_NAME.match, state) if m]
     if not blocks:
         raise KeyError("enc.*_block0.conv1.weight")
+    if max(block for _, block in blocks) > len(state):
+        raise ValueError("its blocks are numbered beyond the number of its weights")
     sides = sorted({side for side, _ in blocks}, reverse=True)
     song = "out_conv.weight" not in state
     channels = width if song else state["map_layer0.weight"].shape[1]
@@ -259,7 +281,8 @@ def _architecture(state: Weights) -> tuple[NCSNpp | UNet, tuple[int, ...]]:
     shape = (pixels, sides[0], sides[0])
     if not song:
         return UNet(**common, **ADM_SETTINGS), shape
-    state[f"dec.{sides[0]}x{sides[0]}_aux_conv.weight"]  # there must be one
+    if (last := f"dec.{sides[0]}x{sides[0]}_aux_conv.weight") not in state:
+        raise KeyError(last)
     filters = [w for n, w in state.items() if n.endswith("resample_filter")]
     network = NCSNpp(
         **common,

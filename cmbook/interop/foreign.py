@@ -1,9 +1,12 @@
 """What every door shares: a model from elsewhere in our words, and what to say if it is not one."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmbook.checkpoints import SHOWN as SHOWN
@@ -50,9 +53,11 @@ class Foreign:
         Raises:
             ValueError: If a weight is missing, too many, or of another shape than the network's.
         """
+        check_weights(self.weights, self.origin)
         net = skeleton(self.network, self.shape, self.classes)
         check_fit({n: w.shape for n, w in net.state_dict().items()}, self.weights, self.origin)
-        net.load_state_dict(self.weights, assign=True)
+        own = {name: weight.clone() for name, weight in self.weights.items()}  # nobody else's
+        net.load_state_dict(own, assign=True)
         return Preconditioned(net, self.scalings).eval().requires_grad_(False)
 
 
@@ -78,7 +83,7 @@ def looks_like(weights: dict[str, Any]) -> str:
 
 
 def check_weights(state: Any, origin: str) -> Weights:
-    """A dictionary of tensors, or an error.
+    """A dictionary of dense tensors of real, finite numbers, or an error.
 
     Raises:
         ValueError: If it is anything else.
@@ -97,4 +102,28 @@ def check_weights(state: Any, origin: str) -> Weights:
                 else ""
             )
         )
+    for name, weight in state.items():
+        if weight.layout != torch.strided or not weight.is_floating_point():
+            raise ValueError(
+                f"{origin}: {name} must be a dense tensor of real numbers; it is "
+                f"{weight.dtype}, {weight.layout}"
+            )
+        if not weight.is_meta and not bool(weight.isfinite().all()):
+            raise ValueError(f"{origin}: {name} holds numbers that are not finite")
     return state
+
+
+def read_safetensors(file: Path) -> Weights:
+    """The tensors of a file of safetensors, which cannot hold code.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged.
+
+    Source: safetensors.
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    try:
+        return check_weights(load_file(file), str(file))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error

@@ -27,8 +27,6 @@ from cmbook.interop.foreign import Weights
 # Whose calls may occur in an official file. They are recorded, not made.
 RECORDED = ("torch", "numpy", "dnnlib", "torch_utils", "training", "collections")
 
-DEEPEST = 50  # modules in modules
-
 
 class Inert(dict[Any, Any]):
     """An object of a pickle as a record: it does nothing.
@@ -81,23 +79,27 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or no pickle: {reason}") from error
 
 
-def tensors(module: Inert, prefix: str = "") -> Weights:
+def tensors(module: Inert) -> Weights:
     """Parameters and buffers of a recorded module, by the names of its state dict.
 
     Raises:
-        ValueError: If modules are nested without end.
+        ValueError: If a module lies in two places.
 
     Source: PyTorch, `torch.nn.Module.state_dict`.
     """
-    if prefix.count(".") > DEEPEST:
-        raise ValueError(f"modules are nested more than {DEEPEST} deep, as if in each other")
     found: Weights = {}
-    for kind in ("_parameters", "_buffers"):
-        items = table(module, kind).items()
-        found |= {f"{prefix}{n}": w.detach() for n, w in items if isinstance(w, Tensor)}
-    for name, child in table(module, "_modules").items():
-        if isinstance(child, Inert):
-            found |= tensors(child, f"{prefix}{name}.")
+    seen: set[int] = set()
+    open_: list[tuple[str, Inert]] = [("", module)]
+    while open_:
+        prefix, record = open_.pop()
+        if id(record) in seen:
+            raise ValueError(f"the module {prefix.rstrip('.') or 'at the top'} lies in two places")
+        seen.add(id(record))
+        for kind in ("_parameters", "_buffers"):
+            items = table(record, kind).items()
+            found |= {f"{prefix}{n}": w.detach() for n, w in items if isinstance(w, Tensor)}
+        children = table(record, "_modules").items()
+        open_ += [(f"{prefix}{n}.", child) for n, child in children if isinstance(child, Inert)]
     return found
 
 
@@ -173,9 +175,21 @@ def _storage(saved: bytes) -> Any:
         raise _Code("code inside a tensor") from error
 
 
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """A tensor that lies within its numbers; PyTorch itself does not check that."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise ValueError(f"a tensor must lie in a storage; got {type(storage).__name__}")
+    there = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    if min([offset, *stride, *size]) < 0 or (0 not in tuple(size) and last >= there):
+        raise ValueError(f"a tensor {tuple(size)} reaches beyond its {there} numbers")
+    made: Tensor = torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
+    return made
+
+
 KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch.storage._load_from_bytes": _storage,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 from cmbook.interop.flax import Tree, read_tree
 from cmbook.interop.foreign import Foreign, Weights, check_fit, check_weights, looks_like, skeleton
+from cmbook.interop.official import local, published
 from cmbook.networks import NCSNpp
 from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned, Scalings
 
@@ -132,8 +133,9 @@ def read(
     if isinstance(path_or_state_dict, dict):
         state, origin = check_weights(path_or_state_dict, "the state dict"), "the state dict"
     else:
-        origin = str(path_or_state_dict)
-        state = _chosen(read_tree(Path(path_or_state_dict)), average, origin)
+        file = local(path_or_state_dict)
+        origin = str(file)
+        state = _chosen(read_tree(file), average, origin)
     if "Dense_0/kernel" not in state or f"{BLOCK}0/Conv_0/kernel" not in state:
         raise ValueError(
             f"{origin} is not a network of openai/consistency_models_cifar10: {looks_like(state)}"
@@ -216,6 +218,9 @@ def _joined(tree: Tree, before: str = "") -> dict[str, Any]:
 
 def _scalings(origin: str) -> Scalings:
     """By the folders of an official file, the nearest first."""
+    known = published(origin)
+    if known is not None:
+        return EDMScalings() if known.what.startswith("teacher") else ConsistencyScalings()
     for part in reversed(Path(origin).parts):
         if part.startswith("edm_cifar10"):
             return EDMScalings()

@@ -1,5 +1,6 @@
 """The published checkpoints: where each lies, and how its authors drew samples from it."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -139,14 +140,20 @@ def local(source: str | Path) -> Path:
         return Path(source)
     url = str(source)
     known = next((o.remote for o in OFFICIAL.values() if url in o.remote.urls), None)
-    remote = known or Remote(url.split("?")[0].rsplit("/", 1)[-1] or "weights", (url,), None)
-    return fetch(remote, cache_folder() / "weights")
+    name = url.split("?")[0].rsplit("/", 1)[-1] or "weights"
+    apart = "" if known else hashlib.sha256(url.encode()).hexdigest()[:12]  # names may repeat
+    remote = known or Remote(name, (url,), None)
+    return fetch(remote, cache_folder() / "weights" / apart)
 
 
 def published(origin: str) -> Official | None:
-    """The published checkpoint whose file this is, by its name.
+    """The published checkpoint whose file this is: by the name that `get` gives it, or its own.
 
     Source: ours.
     """
-    file = Path(origin).name
-    return next((o for o in OFFICIAL.values() if o.remote.name == file), None)
+    path = Path(origin).resolve()
+    for entry in OFFICIAL.values():
+        theirs = entry.remote.urls[0].removeprefix(f"{STORE}/jcm_checkpoints/")
+        if path.name == entry.remote.name or path.as_posix().endswith(f"/{theirs}"):
+            return entry
+    return None

@@ -18,6 +18,7 @@ In ours, blocks are counted through: what halves and what doubles has a number o
 
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def load(
     scalings: Scalings | None = None,
     head_channels: int = 64,
     image_size: int | None = None,
+    new_attention_order: bool = False,
 ) -> Preconditioned:
     """An official checkpoint as a denoiser, `D(x, sigma, label) -> x0`.
 
@@ -79,6 +81,11 @@ def load(
         head_channels: Channels of one attention head, which the weights do not tell either.
         image_size: Of the images; by default the coarsest features are 8x8, as in every official
             model.
+        new_attention_order: As guided-diffusion's flag of this name, for its own checkpoints,
+            which save attention as 1-D convolutions: its 64x64 model has it, the others do not.
+
+    Note: guided-diffusion's models predict the noise at numbered time steps: their scalings are
+        `IDDPMScalings` or `VPScalings`, and the network is then told the time step itself.
 
     Raises:
         ValueError: If the file cannot be read without running code, is of another kind, or its
@@ -87,7 +94,11 @@ def load(
     Source: Song et al. (2023), App. C; openai/consistency_models, `cm/unet.py`.
     """
     return read(
-        path_or_state_dict, scalings=scalings, head_channels=head_channels, image_size=image_size
+        path_or_state_dict,
+        scalings=scalings,
+        head_channels=head_channels,
+        image_size=image_size,
+        new_attention_order=new_attention_order,
     ).model()
 
 
@@ -97,6 +108,7 @@ def read(
     scalings: Scalings | None = None,
     head_channels: int = 64,
     image_size: int | None = None,
+    new_attention_order: bool = False,
 ) -> Foreign:
     """As `load`, but in parts: network, shape, classes, scalings, and weights by our names.
 
@@ -115,8 +127,12 @@ def read(
             f"{origin} is not a U-Net of openai/consistency_models: {looks_like(state)}"
         )
     scalings = scalings or _scalings(origin)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1; got {image_size}")
     try:
         network, shape, classes = _architecture(state, head_channels, image_size)
+        if not isinstance(scalings, EDMScalings | ConsistencyScalings):
+            network = replace(network, time_scale=1.0)  # c_noise is the time step itself
         net = skeleton(network, shape, classes)
     except KeyError as error:
         raise ValueError(f"{origin} was cut short: it has no {error.args[0]}") from error
@@ -126,7 +142,7 @@ def read(
         ) from error
     names = _names(network, net.state_dict())
     expected = {theirs: net.state_dict()[ours].shape for ours, theirs in names.items()}
-    state = _modern(state, head_channels)
+    state = _modern(state, head_channels, new_attention_order)
     try:
         check_fit(expected, state, origin)
     except ValueError as error:
@@ -219,7 +235,10 @@ def _nearest(state: Weights) -> str:
 
 def _scalings(origin: str) -> Scalings:
     """By the name of an official file."""
-    kind = re.match(r"(edm|cd|ct)_(imagenet64|bedroom256|cat256)", Path(origin).name)
+    kind = re.fullmatch(
+        r"(edm|cd|ct)_(imagenet64|bedroom256|cat256)(_ema|_l2|_lpips)?\.pt",
+        Path(origin).resolve().name,
+    )
     if kind is None:
         raise ValueError(
             f"{origin} does not tell whether it is a diffusion model or a consistency model; say "
@@ -237,6 +256,8 @@ def _architecture(
         raise ValueError(f"head_channels must be at least 1; got {head_channels}")
     there = {part: _numbers(state, part) for part in ("input_blocks", "output_blocks")}
     count = {part: 1 + max(numbers) for part, numbers in there.items()}
+    if max(count.values()) > len(state):
+        raise ValueError("its blocks are numbered beyond the number of its weights")
     lost = [j for j in range(count["output_blocks"]) if j not in there["output_blocks"]]
     if lost:
         raise KeyError(f"output_blocks.{lost[0]}")
@@ -310,7 +331,7 @@ def _theirs(name: str, network: UNet, ours: dict[str, Any]) -> str:
     return f"output_blocks.{j}.{int(attends)}.{layer}"
 
 
-def _modern(state: Weights, head_channels: int) -> Weights:
+def _modern(state: Weights, head_channels: int, new_attention_order: bool) -> Weights:
     """Weights of guided-diffusion as the released code of the paper has them.
 
     It saved the attention's 1x1 convolutions as 1-D ones, with channels (head, which of the
@@ -321,7 +342,7 @@ def _modern(state: Weights, head_channels: int) -> Weights:
         if not name.endswith(("qkv.weight", "proj_out.weight")) or weight.dim() != 3:
             continue
         new[name] = weight[..., None]
-        if name.endswith("qkv.weight"):
+        if name.endswith("qkv.weight") and not new_attention_order:
             bias = name.replace("weight", "bias")
             for part in [part for part in (name, bias) if part in new]:
                 if new[part].shape[0] % (3 * head_channels):

@@ -38,6 +38,14 @@ class Sinusoids(nn.Module):
         """Of the vector."""
         return 2 * len(self.frequencies)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sinusoids":
+        """Move with the weights, but keep the type: rounded frequencies are other frequencies."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frequencies.dtype != exact.dtype:
+            self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def forward(self, c_noise: PerSample) -> Tensor:
         """Shape (b, width)."""
         wide = torch.promote_types(c_noise.dtype, torch.float32)
@@ -155,6 +163,11 @@ class Conditioning(nn.Module):
         if (self.second is None) != (c_noise_next is None):
             has, gets = ("one", "two") if self.second is None else ("two", "one")
             raise ValueError(f"this network is told {has} noise level(s); it was given {gets}")
+        if c_noise_next is not None and c_noise_next.shape != c_noise.shape:
+            raise ValueError(
+                f"both noise levels must be one a sample, {tuple(c_noise.shape)}; got "
+                f"{tuple(c_noise_next.shape)}"
+            )
         if self.second is not None and c_noise_next is not None:
             vector = vector + cast(Tensor, self.second(self.sinusoids(c_noise_next).to(dtype)))
         return vector
@@ -184,12 +197,13 @@ class Conditioning(nn.Module):
                 f"this network has {classes} classes: label must be {expected}. To call it "
                 "without one, as guidance does, build and train it with label_dropout"
             )
-        if label.is_floating_point() or label.shape != (n,):
+        whole = label.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+        if not whole or label.shape != (n,):
             raise ValueError(f"label must be {expected}; got {label.dtype} {tuple(label.shape)}")
         # Looking at the values waits for a GPU, whose own embedding stops on a bad index.
         if label.device.type == "cpu" and not bool(((label >= 0) & (label < classes)).all()):
             raise ValueError(f"label must be {expected}; got {label.unique().tolist()}")
-        return label
+        return label.long()
 
 
 def check_sizes(**sizes: int) -> None:

@@ -8,7 +8,7 @@ the noisy image itself, smaller and smaller, to every resolution on the way down
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from cmbook.networks.blocks import (
     geometric,
 )
 from cmbook.protocols import Labels, PerSample, Samples
+from cmbook.schedules import check_choice
+
+Embedding = Literal["fourier", "positional"]
 
 ROOT_HALF = math.sqrt(0.5)
 
@@ -67,7 +70,7 @@ class NCSNpp:
     heads: int = 1
     dropout: float = 0.0
     label_dropout: float = 0.0
-    embedding: Literal["fourier", "positional"] = "fourier"
+    embedding: Embedding = "fourier"
     taps: tuple[int, ...] = (1, 3, 3, 1)
     pyramid: bool = True
     augment: int = 0
@@ -75,6 +78,7 @@ class NCSNpp:
 
     def __post_init__(self) -> None:
         check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads)
+        check_choice("embedding", self.embedding, get_args(Embedding))
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
         if not self.multipliers or min(self.multipliers) < 1:

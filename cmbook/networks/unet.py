@@ -6,7 +6,7 @@ One file from a laptop's network to the ADM of Dhariwal and Nichol (2021) with t
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from cmbook.networks.blocks import (
     zeroed,
 )
 from cmbook.protocols import Labels, PerSample, Samples
+from cmbook.schedules import check_choice
+
+Resample = Literal["plain", "conv", "block"]
+Told = Literal["scale-shift", "add"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class UNet:
     head_channels: int | None = None
     heads_up: int | None = None
     middle: bool | None = None
-    resample: Literal["plain", "conv", "block"] = "plain"
-    told: Literal["scale-shift", "add"] = "scale-shift"
+    resample: Resample = "plain"
+    told: Told = "scale-shift"
     time_scale: float | None = None
     groups: Groups = "powers"
     two_times: bool = False
@@ -90,6 +94,9 @@ class UNet:
     def __post_init__(self) -> None:
         check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads, patch=self.patch)
         check_sizes(head_channels=self.head_channels or 1, heads_up=self.heads_up or 1)
+        check_choice("resample", self.resample, get_args(Resample))
+        check_choice("told", self.told, get_args(Told))
+        check_choice("groups", self.groups, get_args(Groups))
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
         if not self.multipliers or min(self.multipliers) < 1:
