@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 8 -m cmbook train imagenet64/cd
 
-Every process holds the whole model and takes its part of every batch; before each step of the
-optimizer the gradients are added up, so all of them take the same step. There is no wrapper
-around the model: `DistributedDataParallel` adds gradients in a hook of its forward call, and
-forward-mode derivatives, which the continuous objectives take, go around that hook.
+Every process holds the whole model and takes its part of every batch; after backward the gradients
+are added up, so all take the same step. Nothing is wrapped around the model: forward-mode
+derivatives do not pass through `DistributedDataParallel`, and taken of the model inside it they
+would skip its sum, without an error.
 """
 
 import os

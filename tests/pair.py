@@ -189,7 +189,7 @@ def everything(folder: Path) -> None:
         for name, scene in scenes.items():
             try:
                 found[name] = scene()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 found[name] = f"{type(error).__name__}: {error}"
         torch.save(found, folder / f"{rank}.pt")
         found["bereaved"] = bereaved(processes)

@@ -39,7 +39,7 @@ FLOORS_0_TO_2 = [
 ABOVE = [
     *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
     *["data.prepare", "data.inspect", "data.fetch"],
-    *["training", "checkpoints", "evaluation", "clouds", "features", "references"],
+    *["training", "processes", "checkpoints", "evaluation", "clouds", "features", "references"],
     *[f"interop.{name}" for name in ("foreign", "official", "convert", "openai")],
     *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
