@@ -8,6 +8,7 @@ derivatives do not pass through `DistributedDataParallel`, and taken of the mode
 would skip its sum, without an error.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,14 +177,18 @@ def together(device: str = "auto") -> Iterator[Processes]:
     on_gpu = _on_gpu(device)
     from accelerate import PartialState
 
-    ours = not dist.is_initialized()  # or the caller has done it
+    atexit.unregister(_leave)
     state: Any = PartialState(cpu=not on_gpu, backend="nccl" if on_gpu else "gloo")
     words = dist.new_group(backend="gloo", timeout=PATIENCE)
     mine = str(state.device) if on_gpu else "cpu"
     yield Processes(state.process_index, state.num_processes, mine, words)
-    if ours:  # and not after an error, when others may not come
+    atexit.register(_leave)  # once: a second meeting in this program has the same connections
+
+
+def _leave() -> None:
+    """Say goodbye, at the end of a program; not after an error, when others may not come."""
+    if dist.is_initialized():
         dist.destroy_process_group()
-        PartialState._reset_state()
 
 
 def _on_gpu(device: str) -> bool:

@@ -37,11 +37,11 @@ THIRD_PARTY = {
     5: {"torch", "tyro", "tqdm", "numpy", "matplotlib"},
 }
 STANDARD = {
-    "ast", "base64", "collections", "concurrent", "contextlib", "copy", "csv", "dataclasses",
-    "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http", "importlib", "io",
-    "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re", "shlex", "shutil",
-    "signal", "struct", "sys", "tarfile", "threading", "time", "tomllib", "types", "typing",
-    "urllib", "warnings", "zipfile", "zlib",
+    "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
+    "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
+    "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
+    "shlex", "shutil", "signal", "struct", "sys", "tarfile", "threading", "time", "tomllib",
+    "types", "typing", "urllib", "warnings", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
