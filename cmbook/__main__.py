@@ -59,6 +59,7 @@ class Train:
                   cmbook train digits/cd objective.levels=40 training.steps=500 --out runs/short
 
     Ctrl-C stops after the current step with a checkpoint; --resume goes on from there.
+    On 8 GPUs: torchrun --nproc-per-node 8 -m cmbook train digits/cd
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
@@ -81,22 +82,28 @@ class Train:
     def __call__(self) -> None:
         """Do it."""
         from cmbook import experiment, runs
+        from cmbook.processes import together
 
         recipe = experiment.loads(experiment.recipe_text(self.recipe), self.settings)
         name = self.recipe if not self.recipe.endswith(".toml") else Path(self.recipe).stem
         folder = self.out or Path("runs") / name
-        try:
-            done = runs.run(
-                recipe,
-                folder,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                device=_device(self.device),
-                tensorboard=self.tensorboard,
-            )
-        except runs.Interrupted as stop:
-            raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
-        print(f"{folder} is done: {done.step} steps. Draw from it: cmbook sample {folder}")
+        with together(self.device) as processes:
+            try:
+                done = runs.run(
+                    recipe,
+                    folder,
+                    resume=self.resume,
+                    overwrite=self.overwrite,
+                    device=processes.device or _device(self.device),
+                    tensorboard=self.tensorboard,
+                    processes=processes,
+                )
+            except runs.Interrupted as stop:
+                if not processes.is_main:
+                    sys.exit(130)
+                raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
+        if processes.is_main:
+            print(f"{folder} is done: {done.step} steps. Draw from it: cmbook sample {folder}")
 
 
 @dataclass(frozen=True)

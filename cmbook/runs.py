@@ -14,6 +14,7 @@ import math
 import platform
 import shutil
 import signal
+import sys
 import threading
 import time
 import tomllib
@@ -39,9 +40,10 @@ from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import MLP, Network
 from cmbook.noise import PerImage, seeded
 from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
-from cmbook.protocols import Batch, Denoiser, Generator, Labels, Samples
+from cmbook.processes import ALONE, Processes
+from cmbook.protocols import Denoiser, Generator, Labels, Samples
 from cmbook.samplers import multistep, ode_sample, prior, progressive
-from cmbook.training import State, Step, distilled, train
+from cmbook.training import State, Step, check_shards, distilled, train
 
 LOG_EVERY = 50
 _STUDENTS = Path(str(files("cmbook") / "students"))
@@ -137,6 +139,7 @@ def run(
     device: str = "cpu",
     progress: bool = True,
     tensorboard: bool = False,
+    processes: Processes = ALONE,
 ) -> Run:
     """Carry out a recipe in a folder.
 
@@ -152,31 +155,47 @@ def run(
         device: Where to train.
         progress: Show a bar with loss and steps per second.
         tensorboard: Also write the log and, of images, samples as `tensorboard` shows them.
+        processes: Those that carry it out together, each on its own device. They share the
+            shards of every batch, and all see the folder, but only the main one writes. The run
+            may be resumed by another number of them.
 
     Returns:
         The finished run.
 
     Raises:
         ValueError: If the folder holds a run and neither `resume` nor `overwrite` is given, the
-            recipe to resume is another, the teacher is missing, or TensorBoard is asked for
-            and not installed.
+            recipe to resume is another, the teacher is missing, a batch cannot be shared evenly,
+            or TensorBoard is asked for and not installed.
         Interrupted: After Ctrl-C, once a checkpoint is on disk.
 
     Source: ours.
     """
-    if tensorboard:
-        summary_writer()  # refuse before anything is made
     parts = rounds(recipe, Path(folder))
+    teacher, device = recipe.teacher, processes.device or device
+    again = processes.on_main(lambda: _look(parts, teacher, resume, overwrite, tensorboard))
+    for (part, where), goes_on in zip(parts, again, strict=True):
+        done = _carry_out(part, where, goes_on, overwrite, device, progress, tensorboard, processes)
+    return done
+
+
+def _look(
+    parts: list[tuple[Experiment, Path]],
+    teacher: str | None,
+    resume: bool,
+    overwrite: bool,
+    tensorboard: bool,
+) -> list[bool]:
+    """Refuse what cannot be, before anything is made; say which rounds are gone on with."""
+    if tensorboard:
+        summary_writer()
     again = [  # the first round is there to resume; a later one may not have begun
         resume and (i == 0 or (where / "experiment.toml").is_file())
         for i, (_, where) in enumerate(parts)
     ]
     for (part, where), goes_on in zip(parts, again, strict=True):
-        for teacher in (recipe.teacher, part.teacher):
-            _check_folder(where, teacher, goes_on, overwrite)
-    for (part, where), goes_on in zip(parts, again, strict=True):
-        done = _carry_out(part, where, goes_on, overwrite, device, progress, tensorboard)
-    return done
+        for each in (teacher, part.teacher):
+            _check_folder(where, each, goes_on, overwrite)
+    return again
 
 
 def rounds(recipe: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
@@ -203,6 +222,7 @@ def _carry_out(
     device: str,
     progress: bool,
     tensorboard: bool,
+    processes: Processes,
 ) -> Run:
     """One run."""
     recipe = complete(recipe)
@@ -210,22 +230,25 @@ def _carry_out(
     teacher = _teacher(recipe, data)
     student = _student(recipe, data, teacher).to(device)
     knobs = recipe.training
+    check_shards(knobs.batch_size, knobs.accumulation * processes.count)
     optimizer = knobs.optimizer.build(student)
     state = State.begin(student, optimizer, recipe.objective, knobs.also_average)
-    saved, inputs = folder / "checkpoints", _inputs(data, teacher)
-    _claim(folder, recipe, inputs, resume, overwrite)
-    if resume and checkpoints.checkpoints(saved):
-        checkpoints.restore(checkpoints.checkpoints(saved)[-1], state)
+    inputs = processes.on_main(lambda: _inputs(data, teacher))
+    last = processes.on_main(
+        lambda: _claim(folder, recipe, inputs, resume, overwrite, processes.count)
+    )
+    if last is not None:
+        checkpoints.restore(last, state)
     if state.step == knobs.steps:  # nothing is left to do, nor to record
         return load(folder, device)
-    text = _record(folder, recipe, data, inputs, device)
+    text = processes.on_main(lambda: _record(folder, recipe, data, inputs, device, processes.count))
     if teacher is not None:
         teacher.to(device)
 
     batches = data.batches(knobs.batch_size, recipe.seed, start=state.step)
     steps = train(
         student,
-        (_moved(batch, device) for batch in batches),
+        batches,
         recipe.objective,
         steps=knobs.steps,
         optimizer=optimizer,
@@ -238,10 +261,12 @@ def _carry_out(
         precision=knobs.precision,
         seed=recipe.seed,
         state=state,
+        processes=processes,
     )
+    tensorboard, progress = tensorboard and processes.is_main, progress and processes.is_main
     shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
     with shown as board:
-        _follow(steps, state, recipe, folder, text, progress, board)
+        _follow(steps, state, recipe, folder, text, progress, board, processes)
     return load(folder, device)
 
 
@@ -253,28 +278,37 @@ def _follow(
     text: str,
     progress: bool,
     board: Board | None,
+    processes: Processes,
 ) -> None:
     """Take the steps; log, save, show a bar, and stop after a step if the user asks."""
-    log, knobs = _Log(folder / "log.csv", state.step), recipe.training
-    with _bar(recipe, folder, state.step, progress) as bar, _patient_ctrl_c() as stopped:
+    knobs = recipe.training
+    log = _Log(folder / "log.csv", state.step) if processes.is_main else None
+    bar, patience = _bar(recipe, folder, state.step, progress), _patience(processes.count > 1)
+    with bar, patience as stopped:
         for step in steps:
-            log.add(step)
-            last, stop = state.step == knobs.steps, stopped.is_set()
+            last, stop = state.step == knobs.steps, processes.any(stopped.is_set())
             save = state.step % knobs.save_every == 0 or last or stop
-            if state.step % LOG_EVERY == 0 or save:
-                row = log.write(step, state.step * knobs.batch_size)
-                bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
-                _check_finite(row["loss"], state.student, state.step, folder)
-                if board is not None:
-                    board.scalars(state.step, row)
+            if log is not None:
+                log.add(step)
+                if state.step % LOG_EVERY == 0 or save:
+                    row = log.write(step, state.step * knobs.batch_size)
+                    bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
+                    _check_finite(row["loss"], state.student, state.step, folder)
+                    if board is not None:
+                        board.scalars(state.step, row)
             bar.update()
             if save:
-                checkpoints.save(folder / "checkpoints", state, text)
-                if board is not None:
-                    _show(board, state, recipe, folder, text)
+                processes.check_equal(state.tensors)
+                processes.on_main(lambda: _save(state, recipe, folder, text, board))
             if stop and not last:
                 taken = f"step {state.step} of {knobs.steps}"
                 raise Interrupted(f"stopped after {taken}; the checkpoint is in {folder}")
+
+
+def _save(state: State, recipe: Experiment, folder: Path, text: str, board: Board | None) -> None:
+    checkpoints.save(folder / "checkpoints", state, text)
+    if board is not None:
+        _show(board, state, recipe, folder, text)
 
 
 def _show(board: Board, state: State, recipe: Experiment, folder: Path, text: str) -> None:
@@ -485,17 +519,24 @@ def _initialized(
 
 
 def _claim(
-    folder: Path, recipe: Experiment, inputs: dict[str, str], resume: bool, overwrite: bool
-) -> None:
-    """Make sure that no run is lost by writing into this folder."""
+    folder: Path,
+    recipe: Experiment,
+    inputs: dict[str, str],
+    resume: bool,
+    overwrite: bool,
+    processes: int,
+) -> Path | None:
+    """Make sure that no run is lost by writing into this folder; return where to go on."""
     there, saved = folder / "experiment.toml", folder / "checkpoints"
     _check_folder(folder, recipe.teacher, resume, overwrite)
     if resume:
-        _check_same(folder, there, recipe, inputs)
+        _check_same(folder, there, recipe, inputs, processes)
     elif overwrite:
         for path in (saved, folder / "tensorboard", folder / "log.csv", there):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    found = checkpoints.checkpoints(saved)
+    return found[-1] if resume and found else None
 
 
 def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bool) -> None:
@@ -518,7 +559,9 @@ def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bo
         )
 
 
-def _check_same(folder: Path, there: Path, recipe: Experiment, inputs: dict[str, str]) -> None:
+def _check_same(
+    folder: Path, there: Path, recipe: Experiment, inputs: dict[str, str], processes: int
+) -> None:
     """Refuse to go on with a run that was made from another recipe, other data or teacher."""
     if not there.is_file():
         raise ValueError(f"there is no run to resume in {folder}; leave out --resume")
@@ -526,6 +569,7 @@ def _check_same(folder: Path, there: Path, recipe: Experiment, inputs: dict[str,
     old, new = (e.teacher and Path(e.teacher).resolve() for e in (before, recipe))
     if old == new:
         before = replace(before, teacher=recipe.teacher)  # one folder may have two names
+    before = _shared_anew(folder, before, recipe, record.get("processes", 1), processes)
     if before != recipe:
         raise ValueError(
             f"the recipe of {folder} is another one than this: {_difference(before, recipe)}. "
@@ -540,6 +584,27 @@ def _check_same(folder: Path, there: Path, recipe: Experiment, inputs: dict[str,
             )
 
 
+def _shared_anew(
+    folder: Path, before: Experiment, recipe: Experiment, old: int, new: int
+) -> Experiment:
+    """The recipe of a run that another number of processes goes on with, in as many shards.
+
+    If only the number of processes is another, so is that of the shards: a note says so.
+    """
+    was, now = before.training.accumulation * old, recipe.training.accumulation * new
+    if was == now:
+        training = replace(before.training, accumulation=recipe.training.accumulation)
+        return replace(before, training=training)
+    if before.training.accumulation == recipe.training.accumulation:
+        print(
+            f"note: the batches of {folder} were cut into {was}, one part a process and "
+            f"accumulation, and now into {now}: their noise is another from here on. "
+            f"The same again: processes times training.accumulation = {was}",
+            file=sys.stderr,
+        )
+    return before
+
+
 def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
     """The recipe and the record of an experiment.toml."""
     try:
@@ -550,7 +615,8 @@ def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
     record = tomllib.loads(text).get("record", {})
     match record:
         case {"shape": [*sides], "classes": int(), "data_sha256": str()} if recipe.network:
-            if all(type(side) is int for side in sides):
+            numbers = (*sides, record.get("processes", 1))
+            if all(type(number) is int for number in numbers):
                 return recipe, record
     raise ValueError(f"{path} holds no [record] of shape, classes and data: was it edited?")
 
@@ -580,7 +646,12 @@ def _inputs(data: Data, teacher: Preconditioned | None) -> dict[str, str]:
 
 
 def _record(
-    folder: Path, recipe: Experiment, data: Data, inputs: dict[str, str], device: str
+    folder: Path,
+    recipe: Experiment,
+    data: Data,
+    inputs: dict[str, str],
+    device: str,
+    processes: int,
 ) -> str:
     """Write experiment.toml: the recipe, and what else the numbers depend on."""
     record = {
@@ -588,6 +659,7 @@ def _record(
         "shape": list(data.shape),
         "classes": data.classes or 0,
         **inputs,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "device": device,
         "cmbook": cmbook.__version__,
@@ -610,10 +682,6 @@ def _command(folder: Path) -> str:
         plain = folder == Path("runs") / name
         return f"cmbook train {name}" + ("" if plain else f" --out {folder}")
     return f"cmbook train RECIPE --out {folder}"
-
-
-def _moved(batch: Batch, device: str) -> Batch:
-    return Batch(batch.x.to(device), None if batch.label is None else batch.label.to(device))
 
 
 def _check_finite(loss: float, student: nn.Module, step: int, folder: Path) -> None:
@@ -681,19 +749,29 @@ def _bar(recipe: Experiment, folder: Path, done: int, progress: bool) -> Any:
 
 
 @contextmanager
-def _patient_ctrl_c() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after this step; the second stops at once."""
+def _patience(together: bool) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop after this step; the second stops at once.
+
+    Of several processes, what stops them all may be SIGTERM: that is then such a request, too.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
+    numbers = (signal.SIGINT, signal.SIGTERM) if together else (signal.SIGINT,)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def ask(number: int, frame: object) -> None:
         stopped.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    before = signal.signal(signal.SIGINT, ask)
+    for number in numbers:
+        signal.signal(number, ask)
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

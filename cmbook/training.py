@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cmbook.noise import NoiseRange, seeded
 from cmbook.parameterization import Preconditioned, Scalings
+from cmbook.processes import ALONE, Processes
 from cmbook.protocols import (
     Batch,
     Clock,
@@ -65,6 +66,13 @@ class State:
         averages = {decay: frozen_copy(student).eval() for decay in also_average}
         return cls(student, optimizer, frozen_copy(student).eval(), target, averages=averages)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every weight and buffer of student, average, target and further averages."""
+        models = [self.student, self.average, self.target, *self.averages.values()]
+        both = [(*model.parameters(), *model.buffers()) for model in models if model is not None]
+        return [tensor for each in both for tensor in each]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -106,16 +114,20 @@ def train(
     precision: Precision = "float32",
     seed: int = 0,
     state: State | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[Step]:
     """Train, yielding after every step.
 
     Step k draws from a generator that is a function of (seed, k): any step replays alone, and
     resuming saves no random state.
 
+    N processes with `accumulation` A take the steps that one process takes with N·A, and each
+    yields all of them.
+
     Args:
         student: The model that learns; changed in place.
-        batches: Clean samples without end, on the student's device. When resuming, they must
-            continue where the state stopped.
+        batches: Clean samples without end, the same on every process, which takes its part. When
+            resuming, they must continue where the state stopped.
         objective: What is trained.
         steps: K, the length of the whole training.
         optimizer: Of the student's parameters.
@@ -131,6 +143,8 @@ def train(
             target see the same rounding.
         seed: Of the noise.
         state: Where to go on, when resuming.
+        processes: Those that train this student together, as in `with together() as processes`.
+            They begin with the weights of the main process.
 
     Yields:
         A `Step` after each optimization step.
@@ -155,6 +169,8 @@ def train(
     device = next(student.parameters()).device
     target = frozen_view(student) if state.target is None else state.target
     models = Models(student, target, teacher)
+    shards = accumulation * processes.count
+    processes.copy(state.tensors)
     student.train()
     while state.step < steps:
         clock = Clock(state.step, steps)
@@ -166,12 +182,13 @@ def train(
             raise ValueError(f"the batches ended before step {clock.step}; they must never end")
         optimizer.zero_grad()
         losses = []
-        for keys, shard in _shards(batch, accumulation):
+        for keys, shard in _shards(batch, shards, processes.shards(accumulation), device):
             generator = seeded(seed, "step", clock.step, *keys, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 loss = objective(models, shard, clock=clock, generator=generator)
-            (loss.value / accumulation).backward()
+            (loss.value / shards).backward()
             losses.append(loss.detach())
+        processes.add([p.grad for p in student.parameters() if p.grad is not None])
         norm = _clipped(student, clip)
         optimizer.step()
         if state.target is not None:
@@ -180,7 +197,8 @@ def train(
         for decay, average in state.averages.items():
             blend(average, student, decay)
         state.step += 1
-        yield Step(clock, _joined(losses), state, norm, optimizer.param_groups[0]["lr"])
+        loss = _joined(losses, processes)
+        yield Step(clock, loss, state, norm, optimizer.param_groups[0]["lr"])
 
 
 @torch.no_grad()
@@ -324,26 +342,42 @@ def _check(student: Preconditioned, objective: Any, steps: int, precision: str) 
     check_choice("precision", precision, get_args(Precision))
 
 
-def _shards(batch: Batch, n: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
-    """The parts of a batch, and what each adds to the keys of its generator: alone, nothing."""
-    if len(batch.x) % n:
+def check_shards(size: int, n: int) -> None:
+    """Refuse a batch that cannot be cut into `n` equal shards.
+
+    Raises:
+        ValueError: Saying what must divide it.
+
+    Source: ours.
+    """
+    if size % n:
         raise ValueError(
-            f"a batch of {len(batch.x)} cannot be cut into {n} equal shards; choose a batch size "
-            f"that accumulation = {n} divides"
+            f"a batch of {size} cannot be cut into {n} equal shards; choose a batch size that "
+            f"accumulation times the number of processes = {n} divides"
         )
-    labels = [None] * n if batch.label is None else batch.label.chunk(n)
-    for s, (x, label) in enumerate(zip(batch.x.chunk(n), labels, strict=True)):
-        yield () if n == 1 else (s,), Batch(x, label)
 
 
-def _joined(losses: list[Loss]) -> Loss:
+def _shards(
+    batch: Batch, n: int, mine: range, device: torch.device
+) -> Iterator[tuple[tuple[int, ...], Batch]]:
+    """Parts of a batch, and what each adds to the keys of its generator: the only one, nothing."""
+    check_shards(len(batch.x), n)
+    x, label = batch.x.chunk(n), None if batch.label is None else batch.label.chunk(n)
+    for s in mine:
+        shard = Batch(x[s].to(device), None if label is None else label[s].to(device))
+        yield () if n == 1 else (s,), shard
+
+
+def _joined(losses: list[Loss], processes: Processes) -> Loss:
     """The loss of the whole batch, from those of its shards."""
-    if len(losses) == 1:
+    if len(losses) == processes.count == 1:
         return losses[0]
+    value = processes.gather(torch.stack([loss.value for loss in losses])).mean()
     per_sample, sigma = (
-        torch.cat([getattr(x, n) for x in losses]) for n in ("per_sample", "sigma")
+        processes.gather(torch.cat([getattr(loss, name) for loss in losses]))
+        for name in ("per_sample", "sigma")
     )
-    return Loss(torch.stack([x.value for x in losses]).mean(), per_sample, sigma)
+    return Loss(value, per_sample, sigma)
 
 
 def _clipped(student: nn.Module, clip: float | None) -> Tensor:

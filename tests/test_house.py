@@ -17,6 +17,7 @@ FLOORS = {
     2: {"losses", "samplers", "editing"},
     3: {
         *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
+        "processes",
     },
     4: {"experiment", "runs", "interop", "board", "reports", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
@@ -27,7 +28,7 @@ THIRD_PARTY = {
     2: {"torch"},
     3: {
         *["torch", "numpy", "safetensors", "sklearn", "scipy", "PIL", "tqdm"],
-        *["datasets", "lmdb"],
+        *["datasets", "lmdb", "accelerate"],
     },
     4: {
         *["torch", "einops", "tomli_w", "tqdm", "matplotlib", "PIL", "numpy"],
@@ -36,11 +37,11 @@ THIRD_PARTY = {
     5: {"torch", "tyro", "tqdm", "numpy", "matplotlib"},
 }
 STANDARD = {
-    "ast", "base64", "collections", "concurrent", "contextlib", "copy", "csv", "dataclasses",
-    "difflib", "fcntl", "functools", "gzip", "hashlib", "http", "importlib", "io", "itertools",
-    "json", "math", "os", "pathlib", "pickle", "platform", "re", "shlex", "shutil", "signal",
-    "struct", "sys", "tarfile", "threading", "time", "tomllib", "types", "typing", "urllib",
-    "warnings", "zipfile", "zlib",
+    "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
+    "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
+    "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
+    "shlex", "shutil", "signal", "struct", "sys", "tarfile", "threading", "time", "tomllib",
+    "types", "typing", "urllib", "warnings", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

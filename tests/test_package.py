@@ -54,7 +54,9 @@ def test_completion_offers_every_public_name():
     assert set(cmbook.__all__) <= set(dir(cmbook))
 
 
-@pytest.mark.parametrize("module", ["torch", "matplotlib", "scipy", "sklearn", "tyro", "tqdm"])
+@pytest.mark.parametrize(
+    "module", ["torch", "matplotlib", "scipy", "sklearn", "tyro", "tqdm", "accelerate"]
+)
 def test_importing_cmbook_imports_nothing_heavy(module):
     assert python(f"import sys, cmbook; print({module!r} in sys.modules)").strip() == "False"
 
