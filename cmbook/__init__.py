@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from cmbook.clouds import (
         sliced_wasserstein as sliced_wasserstein,
     )
+    from cmbook.costs import (
+        estimate as estimate,
+    )
     from cmbook.data import (
         Digits as Digits,
     )
@@ -369,6 +372,7 @@ _NAMES = {
     "cmbook.features": "GlyphNet Inception Pixels",
     # floor 4 · doors and windows
     "cmbook.experiment": "Experiment",
+    "cmbook.costs": "estimate",
     "cmbook.runs": "export load run",
     "cmbook.reports": "Evaluation",
 }

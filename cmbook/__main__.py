@@ -1,6 +1,6 @@
 """The command line.
 
-cmbook demo | train | sample | edit | evaluate | compare | export
+cmbook demo | train | estimate | sample | edit | evaluate | compare | export
 cmbook get | convert | data | configs | notebooks
 """
 
@@ -104,6 +104,46 @@ class Train:
                 raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
         if processes.is_main:
             print(f"{folder} is done: {done.step} steps. Draw from it: cmbook sample {folder}")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Say what a recipe costs before it runs: parameters, FLOPs, memory, hours.
+
+    For example:  cmbook estimate imagenet64/cd --gpus 64
+                  cmbook estimate imagenet64/cd-one-gpu training.accumulation=128
+
+    Nothing is trained, and neither data nor teacher need be there.
+    """
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """A name from `cmbook configs`, or the path of a .toml file."""
+    settings: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE ...")
+    ] = ()
+    """Settings to replace, as key=value."""
+    gpus: int = 1
+    """How many share every batch."""
+    utilization: float = 0.4
+    """The share of the peak speed that is reached."""
+    json: bool = False
+    """Print numbers for a program to read."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        import json
+
+        from cmbook import costs, experiment
+
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"--utilization is a share of 1, such as 0.4; got {self.utilization}")
+        recipe = experiment.loads(experiment.recipe_text(self.recipe), self.settings)
+        found = costs.estimate(recipe, gpus=self.gpus)
+        hardware = costs.HARDWARE | {"this machine": costs.this_machine()}
+        if self.json:
+            print(json.dumps(costs.numbers(found, hardware, self.utilization), indent=1))
+        else:
+            print(costs.report(found, hardware, self.utilization))
 
 
 @dataclass(frozen=True)
@@ -605,6 +645,7 @@ class Notebooks:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Estimate, tyro.conf.subcommand("estimate")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Edit, tyro.conf.subcommand("edit")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

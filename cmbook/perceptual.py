@@ -81,7 +81,8 @@ class LPIPS:
     def __call__(self, prediction: Samples, target: Samples) -> PerSample:
         """The distances, in float32."""
         network = _network(self.net, self.pooling, prediction.device)
-        with torch.autocast(prediction.device.type, enabled=False):
+        device = "cpu" if prediction.is_meta else prediction.device.type  # meta knows no autocast
+        with torch.autocast(device, enabled=False):
             x, y = (_features(network, self._prepared(images)) for images in (prediction, target))
             layers = zip(network.lins, x, y, strict=True)
             parts = [weigh((a - b).square()).mean((1, 2, 3)) for weigh, a, b in layers]
@@ -131,10 +132,43 @@ def _network(net: Trunk, pooling: Pooling, device: torch.device) -> Any:
 
 
 def _frozen(net: Trunk, pooling: Pooling, device: torch.device) -> Any:
-    network: Any = _pretrained(net)
+    network: Any = _hollow(net) if device.type == "meta" else _pretrained(net)
     if pooling == "average":
         _average(network.net)
     return network.eval().requires_grad_(False).to(device)
+
+
+def _hollow(net: Trunk) -> nn.Module:
+    """A network with shapes and no numbers: enough to count what it costs, without the package."""
+    if net != "vgg":
+        raise ValueError(f'the cost of LPIPS is known with net="vgg" alone; got {net!r}')
+    with torch.device("meta"):
+        slices, heads, channels = [], [], 3
+        for i, (width, layers) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+            parts: list[nn.Module] = [nn.MaxPool2d(2)] if i else []
+            for _ in range(layers):
+                parts += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            slices.append(nn.Sequential(*parts))
+            heads.append(nn.Conv2d(width, 1, 1, bias=False))
+    return _Hollow(slices, heads)
+
+
+class _Hollow(nn.Module):
+    """The package's network, as far as a distance uses it: VGG-16 up to its last rectifier."""
+
+    def __init__(self, slices: list[nn.Module], heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.slices, self.lins = nn.ModuleList(slices), nn.ModuleList(heads)
+        self.scaling_layer = nn.Identity()
+
+    def net(self, images: Tensor) -> list[Tensor]:
+        """What each slice says."""
+        found = []
+        for part in self.slices:
+            images = part(images)
+            found.append(images)
+        return found
 
 
 def _average(trunk: nn.Module) -> None:

@@ -55,7 +55,7 @@ ABOVE = [
             "diffusers",
         )
     ],
-    *["experiment", "runs", "board", "reports", "pictures", "plotting", "demo"],
+    *["experiment", "costs", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"

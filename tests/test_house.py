@@ -19,7 +19,7 @@ FLOORS = {
         *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
         "processes",
     },
-    4: {"experiment", "runs", "interop", "board", "reports", "pictures", "plotting"},
+    4: {"experiment", "costs", "runs", "interop", "board", "reports", "pictures", "plotting"},
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
@@ -41,7 +41,7 @@ STANDARD = {
     "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
     "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
     "shlex", "shutil", "signal", "struct", "sys", "tarfile", "threading", "time", "tomllib",
-    "types", "typing", "urllib", "warnings", "zipfile", "zlib",
+    "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

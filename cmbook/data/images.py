@@ -31,6 +31,7 @@ class Images:
         size: Side of the square images; `None` takes them as they are.
         channels: 1 makes them gray, 3 makes them RGB; `None` takes them as they are.
         labelled: Whether the network is told the class; `None`: if there are any.
+        classes: How many there are. Stated, the size of the network does not wait for the files.
         flip: Whether every image is shown as its mirror image half of the time.
         upright: Whether a photograph is turned the way its camera was held. The official code
             ignores that: `false` gives its pixels, bit for bit.
@@ -44,6 +45,7 @@ class Images:
     size: int | None = None
     channels: Literal[1, 3] | None = None
     labelled: bool | None = None
+    classes: int | None = None
     flip: bool = False
     upright: bool = True
     limit: int | None = None
@@ -52,6 +54,8 @@ class Images:
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise ValueError(f"size must be at least 1 pixel; got {self.size}")
+        if self.classes is not None and self.classes < 1:
+            raise ValueError(f"classes must be at least 1; got {self.classes}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 image; got {self.limit}")
         if not 0 <= self.held_out < 1:
@@ -71,7 +75,9 @@ class Images:
             rows = rows.first(self.limit)
         if aside is None and self.held_out:
             rows, aside = rows.split(self.held_out)
-        return ImageData(rows, aside, flip=self.flip)
+        if self.classes and rows.label is not None and len(rows.classes) not in (0, self.classes):
+            raise ValueError(f"{self.path} has {len(rows.classes)} classes, not {self.classes}")
+        return ImageData(rows, aside, flip=self.flip, classes=self.classes)
 
     def _rows(self, found: Stored | Pictures) -> Rows:
         if self.labelled and found.label is None:
@@ -92,11 +98,19 @@ class ImageData:
         rows: The images that are learned.
         held_out: Those that are not.
         flip: Whether an image is mirrored half of the time.
+        classes: How many there are; by default as the rows say.
 
     Source: Song et al. (2023), released code (scaling, flips).
     """
 
-    def __init__(self, rows: Rows, held_out: Rows | None = None, *, flip: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        held_out: Rows | None = None,
+        *,
+        flip: bool = False,
+        classes: int | None = None,
+    ) -> None:
         if held_out is not None and held_out.shape != rows.shape:
             raise ValueError(
                 f"held-out images have shape {held_out.shape}, the others {rows.shape}"
@@ -105,7 +119,7 @@ class ImageData:
         self.shape = rows.shape
         self.classes = None
         if rows.label is not None:
-            named = len(rows.classes) or None
+            named = len(rows.classes) or classes
             self.classes = check_labels(torch.from_numpy(rows.label), len(rows), named)
 
     def __len__(self) -> int:

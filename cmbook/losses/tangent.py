@@ -37,7 +37,8 @@ def tangent(
         reversed, and so the sign.
     """
     _check_differentiable(model, x, dx)
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
+    device = "cpu" if x.is_meta else x.device.type  # the meta device knows no autocast
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
         found = torch.func.jvp(
             lambda x, sigma: model(x, sigma, label), (x, sigma), (dx, torch.ones_like(sigma))
         )
