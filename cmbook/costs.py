@@ -163,6 +163,7 @@ def estimate(
     student = models.student
     assert isinstance(student, Preconditioned)
     weights = _bytes(student)
+    theirs = weights // 2 if knobs.teacher_precision == "bfloat16" else weights
     step = _Traced(recipe, models, shape, classes)
     one, more = step.peak(1), step.peak(max(2, shard))
     per_image = max(1, (more - one) // (max(2, shard) - 1))
@@ -170,7 +171,7 @@ def estimate(
     whole = weights if gpus > 1 or (on_gpu and isinstance(knobs.optimizer, RAdam)) else 0
     memory = {
         "student": weights,
-        "teacher": weights if recipe.objective.needs_teacher else 0,
+        "teacher": theirs if recipe.objective.needs_teacher else 0,
         "target": weights if isinstance(models.target, nn.Module) else 0,
         "averages": weights * (1 + len(knobs.also_average)),
         "optimizer": 2 * weights,  # two moments: of Adam as of RAdam
@@ -396,6 +397,8 @@ def _models(recipe: Experiment, net: nn.Module) -> Models:
     target: Denoiser = frozen_copy(student) if follows else frozen_view(student)
     if not recipe.objective.needs_teacher:
         return Models(student, target)
+    if recipe.training.teacher_precision == "bfloat16":
+        dressed.net.bfloat16()
     teacher: Denoiser = dressed
     if recipe.guidance != 1:
         teacher = guided(dressed, recipe.guidance)
@@ -448,7 +451,7 @@ def _memory() -> int:
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large product, the best of several."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):

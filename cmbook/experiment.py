@@ -55,6 +55,10 @@ class Training:
         accumulation: Equal shards of a batch, evaluated one after the other, where memory is short.
         clip: The largest norm of the gradient; left out, it is not clipped.
         precision: Of the networks' arithmetic.
+        teacher_precision: Of the teacher's weights as they are kept. The target has no such
+            choice: what a step adds to an average is less than bfloat16 can tell.
+        compile: Whether `torch.compile` makes the networks faster, after a first step that takes
+            minutes. Not for continuous time, whose derivatives it breaks.
         save_every: Steps between checkpoints.
 
     Source: Song et al. (2023), Table 3.
@@ -70,6 +74,8 @@ class Training:
     accumulation: int = 1
     clip: float | None = None
     precision: Precision = "float32"
+    teacher_precision: Precision = "float32"
+    compile: bool = False
     save_every: int = 1000
 
     def __post_init__(self) -> None:

@@ -244,6 +244,12 @@ def _carry_out(
     text = processes.on_main(lambda: _record(folder, recipe, data, inputs, device, processes.count))
     if teacher is not None:
         teacher.to(device)
+        if knobs.teacher_precision == "bfloat16":
+            teacher.net.bfloat16()
+    if knobs.compile:
+        for model in (student, state.target, teacher):
+            if model is not None:
+                model.net.compile()  # in place: names of weights stay what they are
 
     batches = data.batches(knobs.batch_size, recipe.seed, start=state.step)
     steps = train(

@@ -149,4 +149,5 @@ def _parts(model: object) -> list[object]:
 
 
 def _is_compiled(part: object) -> bool:
-    return type(part).__name__ == "OptimizedModule"
+    in_place = getattr(part, "_compiled_call_impl", None) is not None
+    return in_place or type(part).__name__ == "OptimizedModule"

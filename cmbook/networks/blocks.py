@@ -200,8 +200,10 @@ class Conditioning(nn.Module):
         whole = label.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
         if not whole or label.shape != (n,):
             raise ValueError(f"label must be {expected}; got {label.dtype} {tuple(label.shape)}")
-        # Looking at the values waits for a GPU, whose own embedding stops on a bad index.
-        if label.device.type == "cpu" and not bool(((label >= 0) & (label < classes)).all()):
+        # Looking at the values waits for a GPU, whose own embedding stops on a bad index; so does
+        # a compiled one.
+        looks = label.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not bool(((label >= 0) & (label < classes)).all()):
             raise ValueError(f"label must be {expected}; got {label.unique().tolist()}")
         return label.long()
 
@@ -326,7 +328,7 @@ class Attention(nn.Module):
         seen = F.scaled_dot_product_attention(q, k, v)
         side = x.shape[-1]
         out = self.out(rearrange(seen, "b h (y x) d -> b (h d) y x", x=side))
-        return (x + cast(Tensor, out)) * self.rescale
+        return _sum(x, cast(Tensor, out), self.rescale)
 
 
 class ResidualBlock(nn.Module):
@@ -389,9 +391,14 @@ class ResidualBlock(nn.Module):
             h = self.norm(h + said)
         else:
             scale, shift = said.chunk(2, 1)
-            h = self.norm(h) * (1 + scale) + shift
-        h = (self.skip(self.resample(x)) + self.after(h)) * self.rescale
+            h = torch.addcmul(shift, self.norm(h), 1 + scale)
+        h = _sum(self.skip(self.resample(x)), self.after(h), self.rescale)
         return cast(Tensor, self.attention(h))
+
+
+def _sum(x: Tensor, y: Tensor, rescale: float) -> Tensor:
+    """A sum of two paths; a product with 1 would cost a pass over memory."""
+    return x + y if rescale == 1 else (x + y) * rescale
 
 
 class Halve(nn.Module):

@@ -1,0 +1,141 @@
+"""Measured memory and speed of real training steps, beside what `cmbook estimate` says of them.
+
+    python benchmarks/costs.py                       (ten minutes, 11 GB)
+    python benchmarks/costs.py --only cifar10/ct
+
+Each recipe takes real steps in a process of its own, on the processor, in float32, with random
+weights and noise for images. Memory is what the process grows by from before the networks are
+built to its largest. Speed is the estimate's FLOPs over the fastest step's seconds, as a share of
+that of a large matrix product. Writes benchmarks/results/costs.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmbook.costs import estimate, this_machine
+from cmbook.experiment import Experiment, loads, recipe_text
+from cmbook.noise import normal, seeded
+from cmbook.parameterization import EDMScalings, Preconditioned
+from cmbook.protocols import Batch
+from cmbook.training import distilled, train
+
+RESULTS = Path(__file__).parent / "results"
+L2 = ["objective.distance.kind=L2", "training.precision=float32"]
+CASES = {  # recipe, batch, accumulation: what a machine of 24 GB can take
+    "fashion/ct": (128, 1, []),
+    "cifar10/edm": (8, 1, []),
+    "cifar10/cd": (8, 1, L2),
+    "cifar10/ct": (8, 2, L2),
+    "cifar10/continuous-cd": (4, 1, []),
+    "imagenet64/edm": (4, 1, ["training.precision=float32"]),
+    "imagenet64/cd": (1, 1, L2),
+    "imagenet64/ct": (2, 1, L2),
+    "imagenet64/ct in two shards": (4, 2, L2),
+    "lsun256/ct": (1, 1, L2),
+}
+
+
+def recipe_of(case: str) -> Experiment:
+    """The recipe with the batch that fits."""
+    batch, accumulation, further = CASES[case]
+    sizes = [f"training.batch_size={batch}", f"training.accumulation={accumulation}"]
+    known = ["data.size=28", "data.channels=1", "data.classes=10"] if "fashion" in case else []
+    return loads(recipe_text(case.split()[0]), [*sizes, *known, *further])
+
+
+def work(case: str, steps: int) -> None:
+    """What a process of its own does: take the steps, print, end."""
+    recipe = recipe_of(case)
+    known = estimate(recipe, on_gpu=False)
+    torch.nn.functional.conv2d(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3))  # load the libraries
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert recipe.network is not None
+    net = recipe.network.build(known.shape, known.classes or None)
+    teacher = None
+    if recipe.objective.needs_teacher:
+        teacher = Preconditioned(net, EDMScalings(recipe.noise_range)).eval().requires_grad_(False)
+        student = distilled(teacher, recipe.scalings)
+    else:
+        student = Preconditioned(net, recipe.scalings)
+    del net
+    knobs = recipe.training
+
+    def batches() -> Iterator[Batch]:
+        x = normal(torch.empty(knobs.batch_size, *known.shape), seeded("images"))
+        label = torch.arange(len(x)) % known.classes if known.classes else None
+        while True:
+            yield Batch(x, label)
+
+    taken = train(
+        student, batches(), recipe.objective, steps=steps, teacher=teacher,
+        optimizer=knobs.optimizer.build(student), accumulation=knobs.accumulation,
+    )  # fmt: skip
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        next(taken)
+        seconds.append(time.perf_counter() - begin)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
+    speed = known.flops_step * knobs.batch_size / min(seconds)
+    print(
+        json.dumps(
+            {
+                "measured_gb": 1024 * grown / 1e9,
+                "estimated_gb": known.peak / 1e9,
+                "measured over estimated": 1024 * grown / known.peak,
+                "seconds a step": min(seconds),
+                "gflop_a_step": known.flops_step * knobs.batch_size / 1e9,
+                "gflop_per_second": speed / 1e9,
+            }
+        )
+    )
+
+
+def main() -> None:
+    """Measure, compare, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="a recipe")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work(arguments.worker, arguments.steps)
+    product = this_machine().float32 * 1e3
+    table: dict[str, Any] = {}
+    for case in CASES:
+        if not case.startswith(arguments.only):
+            continue
+        command = [sys.executable, __file__, "--worker", case, "--steps", str(arguments.steps)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{case}: {done.stderr[-2000:]}")
+        table[case] = json.loads(done.stdout.splitlines()[-1])
+        table[case]["utilization"] = table[case]["gflop_per_second"] / product
+        print(f"{case}: {table[case]['measured over estimated']:.2f}", file=sys.stderr)
+    about = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gflop_per_second of a product": product,
+    }
+    text = json.dumps(about | {"recipes": table}, indent=1) + "\n"
+    if not arguments.only:
+        (RESULTS / "costs.json").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What `cmbook estimate` says: products counted by hand, memory that balances, every recipe."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cmbook import costs, estimate
+from cmbook.__main__ import main
+from cmbook.costs import HARDWARE, META, Hardware, Ledger, report
+from cmbook.experiment import Experiment, loads, recipe_text, recipes
+from cmbook.networks import MLP
+from cmbook.parameterization import Preconditioned
+from cmbook.training import train
+
+SMALL = """
+data = { kind = "Glyphs", characters = "AB", size = 16, labelled = false }
+scalings = { kind = "ConsistencyScalings" }
+objective = { kind = "ConsistencyTraining", distance = { kind = "L2" } }
+network = { kind = "UNet", channels = 32 }
+training = { batch_size = 64, steps = 10 }
+"""
+NO_NETWORK = SMALL.replace('network = { kind = "UNet", channels = 32 }', "")
+
+
+def small(*overrides: str) -> Experiment:
+    return loads(SMALL, list(overrides))
+
+
+def taught(objective: str, *overrides: str) -> Experiment:
+    return small(f"objective.kind={objective}", "teacher=runs/none", *overrides)
+
+
+def multiplications(net: nn.Module, x: torch.Tensor) -> int:
+    """Of one forward pass, by the formulas of convolutions, layers and attention."""
+    found = 0
+
+    def count(layer, inputs, out):
+        nonlocal found
+        each = layer.weight[0].numel()
+        found += each * out.numel()
+
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q, k, v):
+        nonlocal found
+        found += 2 * q.numel() * k.shape[-2]
+        return real(q, k, v)
+
+    torch.nn.functional.scaled_dot_product_attention = attend
+    try:
+        net(x, torch.ones(len(x)))
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
+    return found
+
+
+def test_a_forward_pass_is_every_product_of_the_network():
+    recipe = small()
+    found = estimate(recipe)
+    net = recipe.network.build(found.shape)
+    assert found.flops_forward == 2 * multiplications(net, torch.zeros(1, *found.shape))
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+
+
+def test_a_step_is_its_evaluations():
+    """Forward and backward of the student are 3 forwards, less what the first layer saves."""
+    forward = estimate(small()).flops_forward
+    rounds = {
+        "ct: target": (small(), 3 + 1),
+        "cd: target, and Heun's two of the teacher": (taught("ConsistencyDistillation"), 3 + 3),
+        "Euler's one": (taught("ConsistencyDistillation", "objective.solver=euler"), 3 + 2),
+        "no target of its own": (taught("ConsistencyDistillation", "objective.decay=0"), 3 + 3),
+    }
+    for what, (recipe, expected) in rounds.items():
+        assert estimate(recipe).flops_step / forward == pytest.approx(expected, rel=0.02), what
+
+
+def test_a_guided_teacher_is_asked_twice():
+    labelled = ["data.labelled=true", "network.label_dropout=0.1"]
+    plain = estimate(taught("ConsistencyDistillation", *labelled))
+    guided = estimate(taught("ConsistencyDistillation", *labelled, "guidance=2"))
+    extra = guided.flops_step - plain.flops_step
+    assert extra == 2 * plain.flops_forward
+
+
+def test_progressive_distillation_counts_all_its_rounds():
+    recipe = loads(recipe_text("toy/progressive"))
+    assert len(recipe.objective.rounds) > 1
+    found = estimate(recipe)
+    assert found.steps == len(recipe.objective.rounds) * recipe.training.steps
+
+
+def test_lpips_is_counted_without_its_weights():
+    """VGG-16's convolutions at 224x224 are 15.3 billion multiplications an image."""
+    sizes = ["data.size=16"]
+    plain = estimate(small(*sizes))
+    perceived = estimate(small(*sizes, "objective.distance.kind=LPIPS"))
+    trunk = 2 * 15.35e9  # of one image, forward
+    # both images forward; back through the prediction's, to the image and no weight
+    assert perceived.flops_step - plain.flops_step == pytest.approx(3 * trunk, rel=0.01)
+
+
+def test_memory_is_every_copy_of_the_weights():
+    weights = 4 * estimate(small()).parameters
+    training = estimate(small()).memory
+    assert training["student"] == training["averages"] == training["target"] == weights
+    assert training["optimizer"] == 2 * weights
+    assert training["teacher"] == 0
+    distilled = estimate(taught("ConsistencyDistillation")).memory
+    assert distilled["teacher"] == weights
+    assert distilled["target"] == 0  # decay 0: the student without gradient
+    halved = estimate(taught("ConsistencyDistillation", "training.teacher_precision=bfloat16"))
+    assert halved.memory["teacher"] == weights // 2
+    more = estimate(small("training.also_average=[0.9,0.99]"))
+    assert more.memory["averages"] == 3 * weights
+    assert more.checkpoint == estimate(small()).checkpoint + 2 * weights
+
+
+def test_memory_grows_by_the_image_and_shrinks_by_the_shard():
+    whole, halves = estimate(small()), estimate(small("training.accumulation=2"))
+    four = estimate(small("training.accumulation=2"), gpus=2)
+    assert (whole.shard, halves.shard, four.shard) == (64, 32, 16)
+    assert whole.peak - halves.peak == pytest.approx(32 * whole.per_image, rel=0.1)
+    bigger = estimate(small("training.batch_size=128"))
+    assert bigger.peak == pytest.approx(whole.peak + 64 * whole.per_image, rel=0.01)
+
+
+def test_bfloat16_halves_what_the_products_keep():
+    wide = ["network.channels=64", "training.batch_size=64"]
+    full, half = estimate(small(*wide)), estimate(small(*wide, "training.precision=bfloat16"))
+    assert half.flops_step == full.flops_step
+    assert 0.4 * full.per_image < half.per_image < full.per_image
+
+
+def test_the_ledger_balances():
+    with Ledger() as ledger:
+        a = torch.ones(1000, device=META)
+        b = a.view(10, 100)  # the same memory
+        c = a + 1
+        assert ledger.now == 8000
+        del c
+        assert ledger.now == 4000
+        del a
+        assert ledger.now == 4000  # b holds it
+        del b
+        assert ledger.now == 0
+        assert ledger.peak == 8000
+
+
+def test_the_optimizer_of_a_gpu_holds_all_weights_once_more():
+    """What `whole` adds for RAdam, which takes all weights at once where it can."""
+    weights = [torch.zeros(1000, device=META, requires_grad=True) for _ in range(20)]
+    optimizer = torch.optim.RAdam(weights, foreach=True)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with Ledger() as ledger:
+        optimizer.step()
+    assert ledger.peak == pytest.approx(20 * 4000, rel=0.1)
+
+
+def test_two_moments_are_what_both_optimizers_keep():
+    for knobs in costs.experiment.AnyOptimizer.__args__:
+        net = MLP().build((2,))
+        optimizer = knobs().build(net)
+        for weight in net.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        kept = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+        assert kept == 2 * sum(p.nbytes for p in net.parameters())
+
+
+def test_memory_is_what_a_real_step_holds():
+    """The same step with numbers, its tensors counted as they come and go."""
+    recipe = small("training.batch_size=32", "training.optimizer.kind=Adam")
+    found = estimate(recipe)
+    student = Preconditioned(recipe.network.build(found.shape), recipe.scalings)
+    batches = recipe.data.build().batches(32, 0)
+    taken = train(
+        student, batches, recipe.objective, steps=2,
+        optimizer=recipe.training.optimizer.build(student),
+    )  # fmt: skip
+    with RealLedger() as ledger:
+        next(taken)
+    copies = sum(found.memory[part] for part in ("target", "averages", "optimizer"))
+    activations = found.memory["gradients, activations, workspace"]
+    assert ledger.peak == pytest.approx(copies + activations, rel=0.15)
+
+
+class RealLedger(Ledger):
+    """The same of tensors with numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor.untyped_storage())
+        return out
+
+
+def test_hours_are_products_over_speed():
+    found = estimate(small())
+    each = Hardware(gigabytes=1, float32=1, bfloat16=2)
+    seconds = found.flops_step * 64 * 10 / 1e12
+    assert found.hours(each, utilization=0.5) == pytest.approx(seconds / 0.5 / 3600)
+    shared = estimate(small(), gpus=2)
+    assert shared.hours(each) == pytest.approx(found.hours(each) / 2)
+    fits = found.largest_shard(each)
+    fixed = found.peak - found.shard * found.per_image
+    assert fixed + fits * found.per_image <= 0.9e9 < fixed + (fits + 1) * found.per_image
+    assert found.largest_shard(Hardware(1e-3, 1, 1)) == 0
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n.endswith("-one-gpu")])
+def test_every_full_size_recipe_is_known_without_its_data(name):
+    recipe = loads(recipe_text(name))
+    shape, classes = costs._of_data(recipe)
+    side = {"cifar10": 32, "imagenet64": 64, "lsun256": 256}[name.split("/")[0]]
+    assert shape == (3, side, side)
+    assert classes == (1000 if "imagenet" in name else 0)
+
+
+def test_imagenet64_fits_where_its_recipe_says():
+    found = estimate(loads(recipe_text("imagenet64/cd-one-gpu")))
+    assert found.parameters == 295_899_267
+    assert found.largest_shard(HARDWARE["A100"]) >= found.shard
+    page = report(found, HARDWARE, 0.4)
+    assert "295,899,267" in page
+    assert "A100" in page
+
+
+def test_what_cannot_be_known_says_what_to_do():
+    with pytest.raises(ValueError, match=r"data\.classes=1000 or data\.labelled=false"):
+        estimate(loads(recipe_text("fashion/ct"), ["data.path=nowhere"]))
+    with pytest.raises(ValueError, match="cannot be cut into 3 GPUs times accumulation 1"):
+        estimate(small(), gpus=3)
+    unnamed = loads(NO_NETWORK, ["teacher=runs/none"])
+    with pytest.raises(ValueError, match="no \\[network\\]"):
+        estimate(unnamed)
+    with pytest.raises(ValueError, match='net="vgg"'):
+        estimate(small("objective.distance.kind=LPIPS", "objective.distance.net=alex"))
+
+
+def test_a_teacher_that_is_a_shipped_recipe_says_which_network():
+    found = estimate(loads(NO_NETWORK, ["teacher=runs/imagenet64/edm-laptop"]))
+    expected = loads(recipe_text("imagenet64/edm-laptop")).network.build(found.shape)
+    assert found.parameters == sum(p.numel() for p in expected.parameters())
+
+
+def test_the_command(capsys):
+    main(["estimate", "cifar10/cd-laptop", "--json"])
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["peak"] == sum(numbers["memory"].values())
+    assert numbers["utilization"] == 0.4
+    assert numbers["hardware"]["this machine"]["hours"] > 0
+    main(["estimate", "cifar10/cd-laptop", "--utilization", "0.5"])
+    page = capsys.readouterr().out
+    assert "50% of the peak speed" in page
+    assert "this machine" in page
+    for share in ("0", "1.1", "nan"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["estimate", "cifar10/cd-laptop", "--utilization", share])
+        assert stopped.value.code
+        assert "share of 1" in capsys.readouterr().err
+
+
+def test_numbers_are_short():
+    assert costs._size(1184e6) == "1.18 GB"
+    assert costs._size(0) == "0 B"
+    assert costs._flops(1.739e21) == "1.74 ZFLOP"
+    assert costs._rounded(0.0001) == "< 0.01"
+    assert costs._rounded(1234.5) == "1,234"
+    assert math.isfinite(costs.this_machine().float32)
