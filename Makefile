@@ -14,10 +14,11 @@ demo: .venv/installed                     ## train on real digits, then draw the
 	$(BIN)/python -m cmbook demo
 
 test: check .venv/installed-dev           ## everything that must be true
-	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval
+	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval -m "not slow"
 	$(BIN)/mkdocs build --strict
 
-test-all: test                            ## that, and every planted mistake is noticed
+test-all: test                            ## that, what takes long, and every planted mistake is noticed
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/mutations.py
 
 check: .venv/installed-dev                ## style, types, spelling: seconds

@@ -19,7 +19,7 @@ import torch
 
 from cmbook.data import AnyData
 from cmbook.distances import AnyDistance
-from cmbook.losses import AnyObjective
+from cmbook.losses import AnyObjective, ContinuousDistillation, ContinuousTraining
 from cmbook.networks import Network
 from cmbook.noise import NoiseRange
 from cmbook.ode import Solver
@@ -177,6 +177,12 @@ class Experiment:
             raise ValueError(
                 f"sampling.sigmas must begin at noise_range.sigma_max = {sigma_max}, where pure "
                 f"noise lies; got {list(self.sampling.sigmas)}"
+            )
+        continuous = isinstance(self.objective, ContinuousDistillation | ContinuousTraining)
+        if continuous and self.training.compile:
+            raise ValueError(
+                f"{type(self.objective).__name__} needs forward-mode derivatives, which a compiled "
+                "network gets wrong; leave out training.compile"
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in 0 ... {2**32 - 1}; got {self.seed}")

@@ -361,7 +361,6 @@ def interrupted(number):
     return training.returncode, shown
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "sentence"),
     [

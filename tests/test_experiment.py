@@ -116,6 +116,7 @@ def test_every_setting_is_written():
     assert written["training"] == {
         "steps": 10_000, "batch_size": 512, "warmup": 0, "decay": "none", "average_decay": 0.9999,
         "also_average": [], "accumulation": 1, "precision": "float32", "save_every": 1000,
+        "teacher_precision": "float32", "compile": False,
         "optimizer": {"kind": "RAdam", "lr": 4e-4, "betas": [0.9, 0.999]},
     }  # fmt: skip
 

@@ -84,7 +84,6 @@ def test_ten_thousand_paths_are_right_and_quick(separable, sigma):
     assert float(errors.max()) < 1e-6
 
 
-@pytest.mark.slow
 def test_narrow_modes_are_solved_as_well_as_by_a_thousandfold_tolerance(monkeypatch):
     world = WORLDS["ring"]()
     x = world.sample(2000, 1.0, generator=seeded(0)).x

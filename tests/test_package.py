@@ -80,7 +80,6 @@ def ratio():
     return ours / theirs
 
 
-@pytest.mark.slow
 def test_importing_cmbook_takes_at_most_1_15_times_as_long_as_importing_torch():
     assert ratio() <= 1.15 or ratio() <= 1.15  # a second try, should the machine be busy
 
@@ -106,12 +105,10 @@ def installed(tmp_path_factory):
     return target
 
 
-@pytest.mark.slow
 def test_the_installed_wheel_works_from_any_folder(installed, tmp_path):
     assert "digits/edm" in installed_cmbook(installed, tmp_path, "configs")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["*.py", "*.mplstyle", "py.typed", "configs/*/*", "students/**/*"])
 def test_the_wheel_holds_every_file_of_the_package(installed, kind):
     ours = {path.relative_to(ROOT) for path in ROOT.rglob(kind)}
@@ -131,7 +128,6 @@ def installed_cmbook(installed, folder, *arguments):
     ).stdout
 
 
-@pytest.mark.slow
 def test_the_installed_wheel_copies_the_whole_book(installed, tmp_path):
     assert "jupyter lab book" in installed_cmbook(installed, tmp_path, "notebooks", "book")
     source = ROOT.parent / "notebooks"
@@ -140,7 +136,6 @@ def test_the_installed_wheel_copies_the_whole_book(installed, tmp_path):
     assert copied == {path.relative_to(source) for path in ours}
 
 
-@pytest.mark.slow
 def test_the_installed_wheel_draws_digits_at_once(installed, tmp_path):
     installed_cmbook(installed, tmp_path, "sample", "digits/cd", "--out", "digits.png")
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
