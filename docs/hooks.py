@@ -5,11 +5,13 @@ Notebooks are never executed here. Their outputs are stored, and the tests compa
 
 import contextlib
 import io
+import json
 import os
 import re
 from base64 import b64decode
 from html import escape
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import nbformat
@@ -52,6 +54,7 @@ def on_page_markdown(markdown: str, *, files: Files, **kwargs: object) -> str:
     markdown = re.sub(
         r"<!-- notebooks: ([\d ]+) -->", lambda found: links(files, found[1].split()), markdown
     )
+    markdown = re.sub(r"<!-- measured: (\w+) -->", lambda found: MEASURED[found[1]](), markdown)
     return markdown.replace("<!-- notebooks -->", contents(files))
 
 
@@ -184,3 +187,83 @@ def help_of(command: str) -> str:
         main([*command.split(), "--help"])
     lines = [line.rstrip() for line in said.getvalue().strip().splitlines()]
     return "\n".join(["``` {.text .help}", *lines, "```"])
+
+
+# ── what benchmarks/ has measured ──
+
+
+def measured(name: str) -> dict[str, Any]:
+    """The numbers that a script of benchmarks/ wrote."""
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown: the first column to the left, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def memory_table() -> str:
+    """Of each recipe, what was measured and what was estimated."""
+    found = measured("costs")["recipes"]
+    rows = [
+        [
+            f"`{recipe}`",
+            f"{row['measured_gb']:.2f}",
+            f"{row['estimated_gb']:.2f}",
+            f"{row['measured over estimated']:.2f}",
+            f"{row['seconds a step']:.2f}",
+            f"{row['utilization']:.0%}",
+        ]
+        for recipe, row in found.items()
+    ]
+    return table(["", "measured, GB", "estimated, GB", "ratio", "s a step", "utilization"], rows)
+
+
+def step_table() -> str:
+    """A step of ours and of the official code by its parts, and the floor."""
+    parts = ["loss and backward", "optimizer", "averages", "whole step", "peak_gb"]
+    rows = []
+    for size, method in (("small", "cd"), ("small", "ct"), ("full", "cd"), ("full", "ct")):
+        found = measured(f"step-{size}-{method}")
+        ours, theirs, floor = (found[kind] for kind in ("ours", "reference", "floor"))
+        title = f"{size} {method.upper()}"
+        rows.append([title, "ours", *(f"{ours[part]:.3g}" for part in parts)])
+        rows.append(["", "official", *(f"{theirs[part]:.3g}" for part in parts)])
+        ratios = (f"**{ours[part] / theirs[part]:.2f}**" for part in parts)
+        rows.append(["", "ratio", *ratios])
+        over = ours["loss and backward"] / floor["loss and backward"]
+        rows.append(["", f"floor; ours is {over:.2f} times it", *_floor(floor)])
+    head = ["", "", "loss and backward, s", "optimizer, s", "averages, s", "step, s", "peak, GB"]
+    return table(head, rows)
+
+
+def _floor(floor: dict[str, float]) -> list[str]:
+    return [f"{floor['loss and backward']:.3g}", "", "", "", ""]
+
+
+def sample_table() -> str:
+    """One-step sampling of three code bases."""
+    rows = []
+    for size in ("small", "full"):
+        found = measured(f"sample-{size}")
+        for code in ("ours", "official", "diffusers"):
+            each = found[code]
+            ratio = found["ours"]["seconds"] / each["seconds"]
+            rows.append(
+                [
+                    f"{size}, {each['images']} at a time" if code == "ours" else "",
+                    code,
+                    f"{each['seconds']:.3g}",
+                    f"{each['peak_gb']:.2f}",
+                    "" if code == "ours" else f"{ratio:.2f}",
+                    "" if code == "ours" else f"{each['largest difference from ours']:.1e}",
+                ]
+            )
+    head = ["", "", "s a batch", "peak, GB", "ours over theirs", "largest difference"]
+    return table(head, rows)
+
+
+MEASURED = {"memory": memory_table, "steps": step_table, "samples": sample_table}
