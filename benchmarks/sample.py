@@ -79,7 +79,10 @@ def official(size: str, _: bool) -> Callable[[], Tensor]:
 
 
 def diffusers(size: str, _: bool) -> Callable[[], Tensor]:
-    """The pipeline of diffusers."""
+    """The pipeline of diffusers; what it imports of a torchvision of another build is declared."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     pipe = pipeline(model_of(size), SIZES[size][0])
     pipe.set_progress_bar_config(disable=True)
     x, label = start(size)

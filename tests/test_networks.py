@@ -1,12 +1,14 @@
 """Networks: shapes, classes, how they start, what they hear."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmbook.networks import MLP, NCSNpp, ResidualMLP, UNet
-from cmbook.networks.blocks import Sinusoids, octaves
+from cmbook.networks.blocks import Attention, GroupNorm, Sinusoids, octaves
 from cmbook.noise import normal, seeded
 
 ADM = UNet(
@@ -310,3 +312,11 @@ def test_labels_of_any_integer_type_are_taken():
     net(x, zero, torch.tensor([1, 3], dtype=torch.int16))
     with pytest.raises((ValueError, TypeError), match="label"):  # here types are checked
         net(x, zero, torch.tensor([True, False]))
+
+
+def test_attention_is_one_kernel():
+    """The fused kernels refuse heads whose numbers do not lie side by side, and say so in a warning
+    alone: without them, memory grows with the square of the pixels."""
+    attention = Attention(32, 2, partial(GroupNorm, groups="all"))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attention(torch.zeros(2, 32, 8, 8))

@@ -322,9 +322,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape of `x`."""
-        q, k, v = rearrange(
+        qkv = rearrange(
             self.qkv(self.norm(x)), "b (three h d) y x -> three b h (y x) d", three=3, h=self.heads
         )
+        q, k, v = qkv.contiguous()  # numbers of a head side by side: the fused kernels need it
         seen = F.scaled_dot_product_attention(q, k, v)
         side = x.shape[-1]
         out = self.out(rearrange(seen, "b h (y x) d -> b (h d) y x", x=side))
