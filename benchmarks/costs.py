@@ -5,8 +5,9 @@
 
 Each recipe takes real steps in a process of its own, on the processor, in float32, with random
 weights and noise for images. Memory is what the process grows by from before the networks are
-built to its largest. Speed is the estimate's FLOPs over the fastest step's seconds, as a share of
-that of a large matrix product. Writes benchmarks/results/costs.json.
+built, the libraries being there, to its largest. Speed is the estimate's FLOPs over the fastest
+step's seconds, as a share of that of a large matrix product; on a busy machine it says little.
+Writes benchmarks/results/costs.json.
 """
 
 import argparse
@@ -19,17 +20,20 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import date
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cmbook.costs import estimate, this_machine
+from cmbook.costs import estimate, of_data, this_machine
 from cmbook.experiment import Experiment, loads, recipe_text
+from cmbook.losses import ConsistencyTraining
+from cmbook.networks import UNet
 from cmbook.noise import normal, seeded
-from cmbook.parameterization import EDMScalings, Preconditioned
+from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
 from cmbook.protocols import Batch
-from cmbook.training import distilled, train
+from cmbook.training import RAdam, distilled, train
 
 RESULTS = Path(__file__).parent / "results"
 L2 = ["objective.distance.kind=L2", "training.precision=float32"]
@@ -55,14 +59,21 @@ def recipe_of(case: str) -> Experiment:
     return loads(recipe_text(case.split()[0]), [*sizes, *known, *further])
 
 
+def warm_up() -> None:
+    """A step of a tiny network, so that the libraries are there before anything is measured."""
+    student = Preconditioned(UNet(8, attention=(4,)).build((1, 8, 8)), ConsistencyScalings())
+    batches = repeat(Batch(torch.zeros(2, 1, 8, 8)))
+    next(train(student, batches, ConsistencyTraining(), steps=1, optimizer=RAdam().build(student)))
+
+
 def work(case: str, steps: int) -> None:
     """What a process of its own does: take the steps, print, end."""
     recipe = recipe_of(case)
-    known = estimate(recipe, on_gpu=False)
-    torch.nn.functional.conv2d(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3))  # load the libraries
+    shape, classes = of_data(recipe)
+    warm_up()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert recipe.network is not None
-    net = recipe.network.build(known.shape, known.classes or None)
+    net = recipe.network.build(shape, classes or None)
     teacher = None
     if recipe.objective.needs_teacher:
         teacher = Preconditioned(net, EDMScalings(recipe.noise_range)).eval().requires_grad_(False)
@@ -73,8 +84,8 @@ def work(case: str, steps: int) -> None:
     knobs = recipe.training
 
     def batches() -> Iterator[Batch]:
-        x = normal(torch.empty(knobs.batch_size, *known.shape), seeded("images"))
-        label = torch.arange(len(x)) % known.classes if known.classes else None
+        x = normal(torch.empty(knobs.batch_size, *shape), seeded("images"))
+        label = torch.arange(len(x)) % classes if classes else None
         while True:
             yield Batch(x, label)
 
@@ -88,6 +99,7 @@ def work(case: str, steps: int) -> None:
         next(taken)
         seconds.append(time.perf_counter() - begin)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
+    known = estimate(recipe, on_gpu=False)  # here, since it takes memory itself
     speed = known.flops_step * knobs.batch_size / min(seconds)
     print(
         json.dumps(

@@ -156,7 +156,7 @@ def estimate(
             f"{knobs.accumulation} equal shards"
         )
     if shape is None or classes is None:
-        shape, classes = _of_data(recipe)
+        shape, classes = of_data(recipe)
     shard = knobs.batch_size // parts
     net = _network(recipe).build(shape, classes or None).to(META)
     models = _models(recipe, net)
@@ -423,8 +423,14 @@ def _network(recipe: Experiment) -> Network:
     return network
 
 
-def _of_data(recipe: Experiment) -> tuple[tuple[int, ...], int]:
-    """Shape and classes: what the recipe states, or else what its data has."""
+def of_data(recipe: Experiment) -> tuple[tuple[int, ...], int]:
+    """Shape and classes of samples: what the recipe states, or else what its data has.
+
+    Raises:
+        ValueError: If the recipe leaves them to data that is not there.
+
+    Source: ours.
+    """
     data = recipe.data
     if isinstance(data, Images) and data.size and data.channels:
         stated = data.classes if data.labelled is not False else 0

@@ -214,12 +214,10 @@ def memory_table() -> str:
             f"{row['measured_gb']:.2f}",
             f"{row['estimated_gb']:.2f}",
             f"{row['measured over estimated']:.2f}",
-            f"{row['seconds a step']:.2f}",
-            f"{row['utilization']:.0%}",
         ]
         for recipe, row in found.items()
     ]
-    return table(["", "measured, GB", "estimated, GB", "ratio", "s a step", "utilization"], rows)
+    return table(["", "measured, GB", "estimated, GB", "ratio"], rows)
 
 
 def step_table() -> str:

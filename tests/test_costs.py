@@ -220,7 +220,7 @@ def test_hours_are_products_over_speed():
 @pytest.mark.parametrize("name", [n for n in recipes() if n.endswith("-one-gpu")])
 def test_every_full_size_recipe_is_known_without_its_data(name):
     recipe = loads(recipe_text(name))
-    shape, classes = costs._of_data(recipe)
+    shape, classes = costs.of_data(recipe)
     side = {"cifar10": 32, "imagenet64": 64, "lsun256": 256}[name.split("/")[0]]
     assert shape == (3, side, side)
     assert classes == (1000 if "imagenet" in name else 0)

@@ -204,6 +204,23 @@ def test_remarks_of_a_docstring_become_quiet_paragraphs():
     assert quiet("1.  Source: A.").split("\n") == ["1.", "", "**Source** A.", "{: .source }"]
 
 
+@pytest.mark.parametrize("name", ["memory", "steps", "samples"])
+def test_the_tables_of_what_was_measured_are_filled_in(name):
+    made = load("hooks").on_page_markdown(f"<!-- measured: {name} -->", files=Files([]))
+    lines = made.splitlines()
+    assert len(lines) > 5
+    assert all(line.startswith("|") for line in lines)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_estimate_of_memory_is_within_15_percent_of_what_was_measured():
+    """Of the committed measurement; below a gigabyte the libraries' own memory counts."""
+    rows = load("hooks").measured("costs")["recipes"]
+    large = [row for row in rows.values() if row["measured_gb"] > 1]
+    assert len(large) >= 8
+    assert all(abs(row["measured over estimated"] - 1) < 0.15 for row in large)
+
+
 # ── notebooks become pages ──
 
 

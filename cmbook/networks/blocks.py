@@ -322,10 +322,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape of `x`."""
-        qkv = rearrange(
-            self.qkv(self.norm(x)), "b (three h d) y x -> three b h (y x) d", three=3, h=self.heads
-        )
-        q, k, v = qkv.contiguous()  # numbers of a head side by side: the fused kernels need it
+        # The fused kernels need the numbers of a head side by side, hence the copy.
+        pixels = rearrange(self.qkv(self.norm(x)), "b c y x -> b (y x) c").contiguous()
+        q, k, v = rearrange(pixels, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         seen = F.scaled_dot_product_attention(q, k, v)
         side = x.shape[-1]
         out = self.out(rearrange(seen, "b h (y x) d -> b (h d) y x", x=side))
