@@ -276,7 +276,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.now = self.peak = 0
         self._held: dict[int, int] = {}
 

@@ -6,6 +6,7 @@ before, and what code bases do differently, stands here.
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -157,7 +158,7 @@ def _hollow(net: Trunk) -> nn.Module:
 class _Hollow(nn.Module):
     """The package's network, as far as a distance uses it: VGG-16 up to its last rectifier."""
 
-    def __init__(self, slices: list[nn.Module], heads: list[nn.Module]) -> None:
+    def __init__(self, slices: Sequence[nn.Module], heads: Sequence[nn.Module]) -> None:
         super().__init__()
         self.slices, self.lins = nn.ModuleList(slices), nn.ModuleList(heads)
         self.scaling_layer = nn.Identity()
