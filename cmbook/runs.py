@@ -504,11 +504,11 @@ def _student(recipe: Experiment, data: Data, teacher: Preconditioned | None) -> 
                 part.p = getattr(recipe.network, "dropout", 0.0)
         return student
     return Preconditioned(
-        _initialized(recipe.network, data.shape, data.classes, recipe.seed), recipe.scalings
+        initialized(recipe.network, data.shape, data.classes, recipe.seed), recipe.scalings
     )
 
 
-def _initialized(
+def initialized(
     network: Network, shape: tuple[int, ...], classes: int | None, seed: int
 ) -> nn.Module:
     """A network whose first weights are a function of the seed; global randomness is untouched."""
