@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from cmbook.distances import (
         PseudoHuber as PseudoHuber,
     )
+    from cmbook.doctor import (
+        examine as examine,
+    )
     from cmbook.editing import (
         Both as Both,
     )
@@ -374,6 +377,7 @@ _NAMES = {
     "cmbook.experiment": "Experiment",
     "cmbook.costs": "estimate",
     "cmbook.runs": "export load run",
+    "cmbook.doctor": "examine",
     "cmbook.reports": "Evaluation",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -1,6 +1,6 @@
 """The command line.
 
-cmbook demo | train | estimate | sample | edit | evaluate | compare | export
+cmbook demo | train | doctor | estimate | sample | edit | evaluate | compare | export
 cmbook get | convert | data | configs | notebooks
 """
 
@@ -104,6 +104,39 @@ class Train:
                 raise runs.Interrupted(f"{stop}. Go on with --resume.") from stop
         if processes.is_main:
             print(f"{folder} is done: {done.step} steps. Draw from it: cmbook sample {folder}")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what is wrong with a run, the likely cause first; exit with 1 if it is ill.
+
+    For example:  cmbook doctor runs/digits/cd
+                  cmbook doctor digits/cd --json
+
+    Nothing is trained or written. What data, teacher or log would tell is left out, and said so,
+    where they are not at hand.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, or of one of its checkpoints; or a student that comes with cmbook."""
+    json: bool = False
+    """Print numbers for a program to read."""
+    average: float | None = None
+    """Decay of the moving average, if the run has several; by default training.average_decay."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+
+    def __call__(self) -> None:
+        """Do it."""
+        import json
+
+        from cmbook import doctor
+
+        loaded = _load(self.run, _device(self.device), self.average)
+        found = doctor.examine(loaded, device=_device(self.device))
+        print(json.dumps(found.numbers(), indent=1) if self.json else found)
+        if not found.healthy:
+            raise SystemExit(1)
 
 
 @dataclass(frozen=True)
@@ -645,6 +678,7 @@ class Notebooks:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Estimate, tyro.conf.subcommand("estimate")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Edit, tyro.conf.subcommand("edit")]

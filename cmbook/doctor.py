@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmbook import checkpoints
 from cmbook.data import Data, ImageData, TensorData
-from cmbook.evaluation import nearest_training, share_nearer
+from cmbook.evaluation import nearest_training
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.losses import (
-    EDM,
     ConsistencyDistillation,
     ConsistencyTraining,
     ContinuousDistillation,
@@ -40,7 +39,7 @@ from cmbook.ode import velocity
 from cmbook.oracle import Dataset
 from cmbook.parameterization import AnyScalings, ConsistencyScalings, Preconditioned
 from cmbook.protocols import Batch, Clock, Denoiser, Labels, Loss, Models, Samples
-from cmbook.samplers import ode_sample, prior
+from cmbook.samplers import ode_sample
 
 if TYPE_CHECKING:  # runs warns by this module, so it is imported by `examine` alone
     from cmbook.runs import Run
@@ -54,7 +53,8 @@ CONSISTENCY = (
 )
 LEVELS = (0.2, 0.5, 1.0, 2.0, 4.0)  # noise in standard deviations of the data: where images form
 NUMBERS, SAMPLES = 1 << 24, 2048  # at most so many numbers, and samples, of the data are looked at
-FLOPS = 2e9  # of one evaluation of all probes: some seconds in all on one core
+FLOPS = 2e9  # of one probe, of about a hundred: some seconds in all on one core
+POOR = 1.5  # times the error of a denoiser that knows means and variances alone
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,120 @@ class Diagnosis:
         return {"healthy": self.healthy, "headline": self.headline, **asdict(self)}
 
 
+class Norm(NamedTuple):
+    """What is normal for a check, what to do otherwise, and which part it plays.
+
+    Attributes:
+        normal: What healthy runs show, and why.
+        remedy: What to do, where the finding does not say it better.
+        role: A `suspicion` is a diagnosis only beside a `symptom`, which is measured of what the
+            model answers; a `fault` always is.
+
+    Source: ours.
+    """
+
+    normal: str
+    remedy: str = ""
+    role: Literal["fault", "suspicion", "symptom"] = "fault"
+
+
+_LOWER = "Lower training.optimizer.lr, or set training.clip=1"
+_LONGER = "Train longer, or look at learning rate and levels"
+_PICTURES = "Look at the data: cmbook data check PATH --sheet sheet.png"
+NORMS = {
+    "finite": Norm("weights and rows of the log that are NaN: 0", _LOWER),
+    "data range": Norm("largest number: 1, as noise levels expect", "For bytes use x / 127.5 - 1"),
+    "data copies": Norm("share of copies: 0, or they are learned by heart", _PICTURES),
+    "data constant": Norm("share of samples of one flat color: 0", _PICTURES),
+    "data near-copies": Norm("share within 2% of the usual distance of another: 0", _PICTURES),
+    "data layout": Norm("correlation of neighboring pixels: above 0.2", _PICTURES),
+    "data channels": Norm("largest over smallest std of a channel: 1 to 2", "Scale them alike"),
+    "class balance": Norm("effective share of the classes: 1", "Balance them, or leave them out"),
+    "label meaning": Norm(
+        "neighbors of one class, over chance: well above 1",
+        "Check that samples and labels are in the same order",
+    ),
+    "same data": Norm(
+        "1: those of the run's record", "Bring them back, or train anew", "suspicion"
+    ),
+    "sigma_data": Norm("over the data's std: 1"),
+    "sigma_max": Norm("over the data's std: 20 to 160, where they drown"),
+    "sigma_min": Norm("over the data's std: 0.004, invisible", "Set noise_range.sigma_min=0.002"),
+    "dress": Norm("0: the scalings suit the objective"),
+    "boundary": Norm(
+        "relative error of f(x, sigma_min) = x: 0, whatever the weights",
+        'Train with scalings = { kind = "ConsistencyScalings" }; the record may have been edited',
+    ),
+    "levels": Norm("N at the end: 8 to 1281", "Raise the levels of the objective", "suspicion"),
+    "teacher denoises": Norm("error over that of means and variances alone: below 1"),
+    "teacher labels": Norm(
+        "what the right label saves, over what it could: 0.3 to 2", "Train it with right labels"
+    ),
+    "finished": Norm("share of the steps that are taken: 1"),
+    "frozen weights": Norm(
+        "share of weights that are as they began: 0",
+        "Check requires_grad, the optimizer's parameters, and that the loss is not detached",
+    ),
+    "moved": Norm("way of the weights, over their size: 0.1 to 5", "Change the rate", "suspicion"),
+    "step size": Norm("a step of Adam over a weight: 0.001 to 0.1", _LOWER, "suspicion"),
+    "reach": Norm(
+        "all steps together over a weight: 2 to 1000",
+        "Raise training.optimizer.lr, to about 1e-3 for small networks, or training.steps",
+        "suspicion",
+    ),
+    "loss": Norm("at the end over the start: below 1", _LOWER, "suspicion"),
+    "loss at the end": Norm("last quarter over before: below 1.5", _LOWER, "suspicion"),
+    "gradient": Norm("largest over typical norm: below 10", _LOWER, "suspicion"),
+    "clipping": Norm("typical norm over clip: below 10", "Raise training.clip", "suspicion"),
+    "batch": Norm("samples in a step: 32 or more", "Raise training.batch_size", "suspicion"),
+    "epochs": Norm("times each sample was seen: 1 or more", "Raise training.steps", "suspicion"),
+    "data size": Norm("samples: hundreds at least", "Get more data", "suspicion"),
+    "average memory": Norm("share of the first weights in it: below 0.01", "", "suspicion"),
+    "average moves": Norm("its way over the student's: 1", "Call blend after every step"),
+    "target moves": Norm(
+        "its way over the student's: 1",
+        "Lower mu, or check that the target is updated after every step",
+        "suspicion",
+    ),
+    "average behind": Norm(
+        "denoising error over the student's: 1", "Lower training.average_decay", "suspicion"
+    ),
+    "hears sigma": Norm(
+        "change of the network's answer with sigma: 0.1 to 1",
+        "Check the time embedding, and that c_noise reaches the network",
+    ),
+    "copies": Norm(
+        "share of samples that nearly are training samples: 0",
+        "Use more data, fewer steps or a smaller network",
+        "symptom",
+    ),
+    "labels": Norm(
+        "what the right label saves, over what it could: 0.3 to 2",
+        "Check that labels reach the network in training, in the order of the data",
+        "symptom",
+    ),
+    "denoises": Norm(
+        "error over that of means and variances alone: below 1",
+        "Set the scalings, sigma_data or range that it was trained with",
+        "symptom",
+    ),
+    "variety": Norm("variance that noise makes, over the data's: 0.7 to 1.2", _LONGER, "symptom"),
+    "sample range": Norm("share of numbers far outside the data's: 0", _LONGER, "symptom"),
+    "modes": Norm("mass of the data that is missed: below 0.25", _LONGER, "symptom"),
+    "grid": Norm(
+        "what the walk loses on N levels, over chance: below 0.3",
+        "Raise objective.levels, or use Heun",
+        "suspicion",
+    ),
+    "follows teacher": Norm("distance from its walk, over chance: below 0.6", _LONGER, "symptom"),
+    "tangent": Norm("answer's change as sigma doubles, over the data: below 2", _LOWER, "symptom"),
+    "loss by sigma": Norm(
+        "largest share of an eighth of the levels: below 0.8",
+        'Set objective.weight, such as "inverse_gap"',
+    ),
+}
+
+
 class _Undone(Exception):
     """A check cannot be done; the text says why."""
 
@@ -170,8 +284,8 @@ class _Patient:
         if self.data is None:
             raise _Undone(self.missing)
         size = max(64, min(SAMPLES, NUMBERS // math.prod(self.data.shape)))
-        if (length := _length(self.data)) is not None:
-            size = min(size, length)
+        if self.length is not None:
+            size = min(size, self.length)
         return next(self.data.batches(size, self.recipe.seed))
 
     @cached_property
@@ -179,9 +293,7 @@ class _Patient:
         """As many of them as the model can be asked about in a few seconds."""
         x, label = self.seen
         n = min(len(x), self.count)
-        return Batch(
-            x[:n].to(self.device), None if label is None else label[:n].to(self.device)
-        )
+        return Batch(x[:n].to(self.device), None if label is None else label[:n].to(self.device))
 
     @cached_property
     def count(self) -> int:
@@ -211,8 +323,7 @@ class _Patient:
     @cached_property
     def levels(self) -> list[float]:
         """Noise levels at which denoising is measured."""
-        low, high = self.range.sigma_min, self.range.sigma_max
-        return [r * self.std for r in LEVELS if low < r * self.std <= high] or [high]
+        return _levels_of(self.recipe, self.std)
 
     @cached_property
     def labels(self) -> Labels | None:
@@ -233,6 +344,24 @@ class _Patient:
             for i in range(2)
         )
         return first, second
+
+    @property
+    def length(self) -> int | None:
+        """How many samples there are; `None` for data without end, or not at hand."""
+        if isinstance(self.data, TensorData):
+            return len(self.data.x)
+        return len(self.data) if isinstance(self.data, ImageData) else None
+
+    @property
+    def told(self) -> Labels | None:
+        """Labels of as many samples as `noise` draws."""
+        return None if self.labels is None else self.labels[: len(self.noise(""))]
+
+    def noise(self, what: str) -> Samples:
+        """Standard normal numbers for at most 64 samples."""
+        n = min(64, self.count if self.labels is None else len(self.labels))
+        like = torch.empty(n, *self.run.record["shape"], device=self.device)
+        return normal(like, seeded("doctor", what))
 
     @cached_property
     def loss(self) -> Loss:
@@ -359,11 +488,22 @@ def _log(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _length(data: Data) -> int | None:
-    """How many samples there are; `None` for data without end."""
-    if isinstance(data, TensorData):
-        return len(data.x)
-    return len(data) if isinstance(data, ImageData) else None
+def _levels_of(recipe: Experiment, std: float) -> list[float]:
+    """Noise levels that a model of this recipe knows, near the data's own spread if it may."""
+    noise_range, objective = recipe.noise_range, recipe.objective
+    if isinstance(objective, ProgressiveDistillation):  # it knows those of its grid alone
+        return noise_range.grid(objective.steps + 1)[:-1].tolist()
+    low, high = noise_range.sigma_min, noise_range.sigma_max
+    return [r * std for r in LEVELS if low < r * std <= high] or [high]
+
+
+def _answers(recipe: Experiment) -> float:
+    """How many times as far off as the mean of what x may have come from its answers may be.
+
+    One of the samples that x may have come from, which few-step models answer, is twice as far.
+    """
+    few = (*CONSISTENCY, ProgressiveDistillation)
+    return 2.0 if isinstance(recipe.objective, few) else 1.0
 
 
 def _within(x: Samples, label: Labels | None) -> float:
@@ -460,112 +600,93 @@ def _gain(model: Denoiser, batch: Batch, levels: list[float], classes: int) -> l
 def _data_range(p: _Patient) -> Iterator[Finding]:
     x, image = p.seen.x, len(p.run.record["shape"]) == 3
     low, high = float(x.min()), float(x.max())
-    normal = "largest size of a number: 1; noise levels are meant for data in [-1, 1]"
-    largest = max(abs(low), abs(high))
-    cause = remedy = ""
+    largest, cause = max(abs(low), abs(high)), ""
     # Worlds of points have tails and reach a little over 1; pixels cannot.
     if not math.isfinite(largest):
-        cause, remedy = "the data hold NaN or infinity", "Mend or remove those samples"
+        cause = "the data hold NaN or infinity"
     elif largest > (1.2 if image else 3.0):
         where = "[0, 255]" if low >= 0 and largest > 20 else f"[{low:.3g}, {high:.3g}]"
-        cause, remedy = f"the data lie in {where}, not in [-1, 1]", "Use x / 127.5 - 1 for bytes"
+        cause = f"the data lie in {where}, not in [-1, 1]"
     elif image and low >= -1e-3 and high > 0:
-        cause, remedy = "the data lie in [0, 1], not in [-1, 1]", "Use 2 x - 1"
+        cause = "the data lie in [0, 1], not in [-1, 1]"
     elif image and high < 1e-3:
-        cause, remedy = "the data lie in [-1, 0], not in [-1, 1]", "Check how they are scaled"
-    yield Finding("data range", largest, normal, "ill" if cause else "well", cause, remedy)
+        cause = "the data lie in [-1, 0], not in [-1, 1]"
+    yield _found("data range", largest, "ill" if cause else "well", cause)
 
 
 def _data_variety(p: _Patient) -> Iterator[Finding]:
     x = p.seen.x.flatten(1)
-    distinct = len(torch.unique(x, dim=0)) / len(x)
-    normal = "share of samples that are no exact copy of another: 1; copies are learned by heart"
-    bad: Verdict = "ill" if distinct < 0.5 else "look" if distinct < 0.95 else "well"
-    cause = f"the data repeat themselves: of {len(x)} samples {round(distinct * len(x))} differ"
-    yield _told(Finding("data copies", 1 - distinct, normal.replace(": 1;", ":"), bad, cause,
-                        "Remove duplicates, or check how the samples are read"))  # fmt: skip
-    flat = float((x.std(1, correction=0) < 1e-3).double().mean()) if x.shape[1] > 2 else 0.0
-    bad = "ill" if flat > 0.2 else "look" if flat > 0.02 else "well"
-    yield _told(Finding("data constant", flat, "share of samples that are one flat color: 0", bad,
-                        f"{flat:.0%} of the samples are constant", "Remove empty or unreadable files"))  # fmt: skip
-    if x.shape[1] >= 16 and len(x) >= 64:  # in few dimensions, many points are always near
-        rows = x[:512].double()
-        apart = torch.cdist(rows, rows)
-        typical = float(apart[apart > 0].median()) if bool((apart > 0).any()) else 0.0
-        apart.fill_diagonal_(math.inf)
-        near = float((apart.min(1).values < 0.02 * typical).double().mean())
-        bad = "ill" if near > 0.5 else "look" if near > 0.1 else "well"
-        yield _told(Finding("data near-copies", near,
-                            "share of samples within 2% of the usual distance of another: 0", bad,
-                            "most samples are nearly the same few: the data repeat themselves",
-                            "Remove duplicates, or check how the samples are read"))  # fmt: skip
+    distinct = len(torch.unique(x, dim=0))
+    yield _found(
+        "data copies",
+        1 - distinct / len(x),
+        _over(1 - distinct / len(x), 0.05, 0.5),
+        f"the data repeat themselves: of {len(x)} samples only {distinct} differ",
+    )
+    if x.shape[1] < 16:
+        return  # in few dimensions, constant samples and near neighbors are as they should be
+    flat = float((x.std(1, correction=0) < 1e-3).double().mean())
+    cause = f"{flat:.0%} of the samples are constant: one flat color"
+    yield _found("data constant", flat, _over(flat, 0.02, 0.2), cause)
+    rows = x[:512].double()
+    apart = torch.cdist(rows, rows)
+    typical = float(apart[apart > 0].median()) if bool(apart.any()) else 0.0
+    near = float((apart.fill_diagonal_(math.inf).amin(1) < 0.02 * typical).double().mean())
+    cause = "the data repeat themselves: most samples are nearly the same few"
+    yield _found("data near-copies", near, _over(near, 0.1, 0.5), cause)
 
 
 def _data_layout(p: _Patient) -> Iterator[Finding]:
-    x = p.seen.x
+    x = p.seen.x.double()
     if x.ndim != 4 or min(x.shape[2:]) < 4:
         return
-    centered = (x - x.mean((2, 3), keepdim=True)).double()
-    power = float(centered.square().mean())
-    if power == 0:
-        return
+    centered = x - x.mean((2, 3), keepdim=True)
+    power = float(centered.square().mean()) or 1.0
     across = float((centered[..., 1:] * centered[..., :-1]).mean()) / power
     down = float((centered[..., 1:, :] * centered[..., :-1, :]).mean()) / power
+    # Drawings of 8x8 pixels still show 0.4. Scrambled pixels show 0, and so do, in one direction,
+    # images that were reshaped where they should have been transposed.
     least = min(across, down)
-    # Drawings of 8x8 pixels still show 0.3; scrambled pixels, and images that were reshaped where
-    # they should have been transposed, show none in one direction.
-    bad: Verdict = "ill" if least < 0.05 else "well"
-    yield _told(Finding("data layout", least, "correlation of neighboring pixels: above 0.2", bad,
-                        "neighboring pixels have nothing to do with each other: the data are noise or were reshaped wrongly",
-                        "Look at them: cmbook data check --sheet sheet.png"))  # fmt: skip
+    cause = "neighboring pixels have nothing in common: the data are noise or were reshaped wrongly"
+    yield _found("data layout", least, _under(least, 0.1, 0.05), cause)
     if x.shape[1] > 1:
-        each = x.double().std((0, 2, 3))
+        each = x.std((0, 2, 3))
         ratio = float(each.max() / each.min().clamp(min=1e-12))
-        bad = "ill" if ratio > 10 else "look" if ratio > 4 else "well"
-        yield _told(Finding("data channels", ratio, "largest over smallest spread of a channel: 1 to 2", bad,
-                            "the channels have different scales", "Scale all channels alike"))  # fmt: skip
+        cause = "the channels of the data have different scales"
+        yield _found("data channels", ratio, _over(ratio, 4, 10), cause)
 
 
 def _data_labels(p: _Patient) -> Iterator[Finding]:
     x, label = p.seen
-    if label is None:
+    classes = p.run.record["classes"]
+    if label is None or classes < 2:
         return
-    classes = p.run.record["classes"] or int(label.max()) + 1
-    counts = label.bincount(minlength=classes).double()
-    share = counts / counts.sum()
+    share = label.bincount(minlength=classes).double() / len(label)
+    # exp(entropy) counts classes by how much they are there.
     effective = float(torch.special.entr(share).sum().exp()) / classes
-    # exp(entropy) counts classes by how much they are there; under a half, most hardly are.
-    bad: Verdict = "ill" if effective < 0.5 else "look" if effective < 0.7 else "well"
-    yield _told(Finding("class balance", effective, "effective share of the classes: near 1", bad,
-                        f"one class dominates: {float(share.max()):.0%} of the data",
-                        "Balance the classes, or train without labels"))  # fmt: skip
-    rows = x.flatten(1).double()[:2048]
-    label = label[: len(rows)]
-    if len(rows) < 20 * classes or classes < 2:  # too few of each to have neighbors
-        return
-    apart = torch.cdist(rows, rows)
-    apart.fill_diagonal_(math.inf)
+    cause = f"one class dominates: {float(share.max()):.0%} of the data"
+    yield _found("class balance", effective, _under(effective, 0.7, 0.5), cause)
+    if len(x) < 20 * classes:
+        raise _Undone("too few samples of each class are at hand to compare neighbors")
+    rows = x.flatten(1).double()
+    apart = torch.cdist(rows, rows).fill_diagonal_(math.inf)
     agree = float((label[apart.argmin(1)] == label).double().mean())
     chance = float(share.square().sum())
     noise = math.sqrt(chance * (1 - chance) / len(rows))
-    bad = "ill" if agree < chance + 4 * noise else "well"
-    yield _told(Finding("label meaning", agree / chance,
-                        "nearest neighbors of one class, over chance: well above 1", bad,
-                        "labels of the data are shuffled: neighbors share a class no more often than by chance",
-                        "Check that samples and labels are in the same order"))  # fmt: skip
+    bad: Verdict = "ill" if agree < chance + 4 * noise and chance < 0.95 else "well"
+    cause = "the labels are shuffled: neighbors share a class no more often than by chance"
+    yield _found("label meaning", agree / chance, bad, cause)
 
 
 def _same_data(p: _Patient) -> Iterator[Finding]:
-    if p.data is None or (_length(p.data) or 0) > 200_000:
+    if p.data is None or (p.length or 0) > 200_000:  # a fingerprint reads all of them
         return
     same = p.data.sha256() == p.run.record.get("data_sha256")
-    yield _told(Finding("same data", float(same), "1: the data are those of the run's record",
-                        "well" if same else "look",
-                        "the data at hand are not those that the run was trained on",
-                        "Bring back the data, or train anew", suspicion=True))  # fmt: skip
+    cause = "the data at hand are not those that the run was trained on"
+    yield _found("same data", float(same), "well" if same else "look", cause)
 
 
-# ── the noise range ──
+# ── the recipe ──
 
 
 def sigma_data_finding(std: float, noise_range: NoiseRange) -> Finding:
@@ -578,63 +699,63 @@ def sigma_data_finding(std: float, noise_range: NoiseRange) -> Finding:
     Source: Karras et al. (2022), Table 1: c_in makes inputs of unit variance.
     """
     ratio = noise_range.sigma_data / max(std, 1e-12)
-    off = max(ratio, 1 / max(ratio, 1e-12))
-    # A factor of 2.5 gives the network inputs of 1/6 or 6 times the variance it is made for.
-    bad: Verdict = "ill" if off > 2.5 else "look" if off > 1.3 else "well"
-    return _told(Finding("sigma_data", ratio, "sigma_data over the data's std: 0.8 to 1.25", bad,
-                         f"sigma_data is {noise_range.sigma_data:g}, but the data's is {std:.3g}",
-                         f"Set noise_range.sigma_data={std:.2g}"))  # fmt: skip
+    # 2.5 times off, the network's inputs have 6 times the variance it is made for, or a sixth.
+    verdict = _over(max(ratio, 1 / ratio), 1.3, 2.5)
+    cause = f"sigma_data is {noise_range.sigma_data:g}, but the data's std is {std:.3g}"
+    return _found("sigma_data", ratio, verdict, cause, f"Set noise_range.sigma_data={std:.2g}")
 
 
 def _noise_range(p: _Patient) -> Iterator[Finding]:
-    low, high, std = p.range.sigma_min, p.range.sigma_max, max(p.std, 1e-12)
+    std = max(p.std, 1e-12)
     yield sigma_data_finding(p.std, p.range)
     # At 4 standard deviations 6% of the variance is still data, which sampling begins without.
-    top = high / std
-    bad: Verdict = "ill" if top < 4 else "look" if top < 10 else "well"
-    yield _told(Finding("sigma_max", top, "over the data's std: 20 to 160, where data drown", bad,
-                        f"sigma_max = {high:g} is too small: noise of that level still shows the data",
-                        f"Set noise_range.sigma_max={max(20 * std, 10):.2g} or more"))  # fmt: skip
-    end = low / std
-    bad = "ill" if end > 0.1 else "look" if end > 0.03 else "well"
-    yield _told(Finding("sigma_min", end, "over the data's std: 0.004, invisible", bad,
-                        f"sigma_min = {low:g} is too large: samples keep that much noise",
-                        "Set noise_range.sigma_min=0.002"))  # fmt: skip
+    top, low = p.range.sigma_max / std, p.range.sigma_min / std
+    cause = f"sigma_max = {p.range.sigma_max:g} is too small: under that noise the data still show"
+    yield _found("sigma_max", top, _under(top, 10, 4), cause, f"Set it to {20 * std:.2g} or more")
+    cause = f"sigma_min = {p.range.sigma_min:g} is too large: samples keep that much noise"
+    yield _found("sigma_min", low, _over(low, 0.03, 0.1), cause)
 
 
-# ── the recipe ──
-
-
-def _weights_finite(p: _Patient) -> Iterator[Finding]:
-    broken = sum(
-        int((~w.isfinite()).sum()) for which in p.weights.values() for w in which.values()
-    )
-    rows = sum(not math.isfinite(row.get("loss", 0.0)) for row in p.rows)
-    yield _told(Finding("finite", broken + rows, "weights and log rows that are NaN: 0",
-                        "ill" if broken + rows else "well",
-                        "weights or losses are NaN: training has diverged",
-                        "Lower training.optimizer.lr, or set training.clip=1"))  # fmt: skip
+def _finite(p: _Patient) -> Iterator[Finding]:
+    weights = [w for which in p.weights.values() for w in which.values()]
+    broken = sum(int((~w.isfinite()).sum()) for w in weights)
+    broken += sum(not math.isfinite(row.get("loss", 0.0)) for row in p.rows)
+    cause = "weights or losses are NaN: training has diverged"
+    yield _found("finite", broken, "ill" if broken else "well", cause)
 
 
 def _boundary(p: _Patient) -> Iterator[Finding]:
-    wants = isinstance(p.recipe.objective, CONSISTENCY)
-    if not wants and not p.jumps:
+    objective = p.recipe.objective
+    if not isinstance(objective, CONSISTENCY):
+        cause = (
+            f"{type(objective).__name__} trains a diffusion model in a consistency model's scalings"
+        )
+        remedy = 'Set scalings = { kind = "EDMScalings" }'
+        yield _found("dress", p.jumps, "ill" if p.jumps else "well", cause, remedy)
         return
-    if p.jumps and not wants:
-        yield Finding("dress", 1, "0: the scalings suit the objective", "ill",
-                      f"{type(p.recipe.objective).__name__} trains a diffusion model, but the scalings are a consistency model's",
-                      'Set scalings = { kind = "EDMScalings" }')  # fmt: skip
+    scale = p.range.sigma_data
+    x = scale * p.noise("boundary")
+    answer = _ask(p.run.model, x, p.range.sigma_min, p.told)
+    off = float((answer - x).square().mean().sqrt()) / scale
+    # c_skip = 1 and c_out = 0 there, whatever the weights, so only rounding is left.
+    cause = (
+        "the boundary is violated: f(x, sigma_min) is not x, so these are not the scalings of a "
+        "consistency model"
+    )
+    yield _found("boundary", off, "well" if off < 1e-5 else "ill", cause)
+
+
+def _levels(p: _Patient) -> Iterator[Finding]:
+    objective, steps = p.recipe.objective, p.recipe.training.steps
+    if isinstance(objective, ConsistencyTraining):
+        levels = objective.curriculum.levels_at(Clock(steps - 1, steps))
+    elif isinstance(objective, ConsistencyDistillation):
+        levels = objective.levels
+    else:
         return
-    low, scale = p.range.sigma_min, p.range.sigma_data
-    like = torch.empty(64, *p.run.record["shape"], device=p.device)
-    x = scale * normal(like, seeded("doctor", "boundary"))
-    label = None if p.labels is None else p.labels[torch.arange(64) % len(p.labels)]
-    off = float((_ask(p.run.model, x, low, label) - x).square().mean().sqrt()) / scale
-    # c_skip = 1 and c_out = 0 there whatever the weights, so only rounding is left: 1e-7.
-    yield _told(Finding("boundary", off, "f(x, sigma_min) = x, relative error: 0",
-                        "well" if off < 1e-5 else "ill",
-                        "the boundary is violated: f(x, sigma_min) is not x, so these are not a consistency model's scalings",
-                        'Train with scalings = { kind = "ConsistencyScalings" }; the record may have been edited'))  # fmt: skip
+    # With 2 levels the target of pure noise is the data themselves, so the answer is their mean.
+    cause = f"too few noise levels, N = {levels}: neighbors are too far apart to agree"
+    yield _found("levels", levels, _under(levels, 7, 4), cause)
 
 
 # ── the teacher ──
@@ -645,19 +766,16 @@ def _teacher(p: _Patient) -> Iterator[Finding]:
         return
     if p.teacher is None:
         raise _Undone(f"the teacher {p.recipe.teacher} is not at hand")
-    theirs = p.teacher
-    found = _excess(theirs.model, p.some, p.levels, p.variances)
-    worst = max(found)
-    cause = ""
-    if worst > 1.5:
-        cause = _misdressed(p, theirs.model, worst, 1.0) or ""
+    theirs, cause = p.teacher, ""
+    levels, times = _levels_of(theirs.recipe, p.std), _answers(theirs.recipe)
+    worst = max(_excess(theirs.model, p.some, levels, p.variances, times))
+    if not worst < POOR:
+        cause = _misdressed(p, theirs.model, worst, times) or ""
         if not cause and theirs.record.get("data_sha256") != p.run.record.get("data_sha256"):
             cause = "made for other data"
         cause = f"the teacher is {cause or 'untrained, or trained too little'}"
-    yield _told(Finding("teacher denoises", worst,
-                        "its error over that of means and variances alone: below 1",
-                        "ill" if cause else "well", cause,
-                        f"Examine it: cmbook doctor {p.recipe.teacher}"))  # fmt: skip
+    remedy = f"Examine it: cmbook doctor {p.recipe.teacher}"
+    yield _found("teacher denoises", worst, "ill" if cause else "well", cause, remedy)
     yield from _labels_heard(p, theirs.model, "teacher labels", "the teacher")
 
 
@@ -665,31 +783,11 @@ def _teacher(p: _Patient) -> Iterator[Finding]:
 
 
 def _progress(p: _Patient) -> Iterator[Finding]:
-    done = p.run.step / p.recipe.training.steps
-    if "step" in p.run.record and not p.run.recipe.training.optimizer:
-        return
-    bad: Verdict = "ill" if done < 0.9 else "look" if done < 1 else "well"
-    yield _told(Finding("finished", done, "share of the steps that are taken: 1", bad,
-                        f"training was not finished: step {p.run.step} of {p.recipe.training.steps}",
-                        f"Go on: cmbook train RECIPE --out {p.run.folder} --resume"))  # fmt: skip
-
-
-def _reach(p: _Patient) -> Iterator[Finding]:
-    knobs = p.recipe.training
-    own = p.weights.get("first", p.weights["average"])
-    size = _size(own)
-    every = max(1, p.run.step // 1000)
-    rates = [knobs.learning_rate(Clock(k, knobs.steps)) for k in range(0, p.run.step, every)]
-    # Adam moves a weight by at most about the learning rate a step, whatever the gradient.
-    one, reach = knobs.optimizer.lr / size, sum(rates) * every / size
-    bad: Verdict = "ill" if one > 1 else "look" if one > 0.2 else "well"
-    yield _told(Finding("step size", one, "of a step of Adam over a weight's size: 0.001 to 0.1", bad,
-                        f"the learning rate {knobs.optimizer.lr:g} is too high: a step is {one:.2g} times the size of a weight",
-                        f"Set training.optimizer.lr={0.02 * size:.1g}", suspicion=True))  # fmt: skip
-    bad = "ill" if reach < 0.2 else "look" if reach < 10 else "well"
-    yield _told(Finding("reach", reach, "how far all steps could move a weight, over its size: 10 to 1000", bad,
-                        f"the learning rate is too low or the steps too few: {knobs.optimizer.lr:g} over {p.run.step} steps cannot move the weights far",
-                        "Raise training.optimizer.lr, about 1e-3 for small networks, or training.steps", suspicion=True))  # fmt: skip
+    steps = p.recipe.training.steps
+    done = p.run.step / steps
+    cause = f"training was not finished: step {p.run.step} of {steps}"
+    remedy = f"Go on: cmbook train RECIPE --out {p.run.folder} --resume"
+    yield _found("finished", done, _under(done, 1, 0.9), cause, remedy)
 
 
 def _moved(p: _Patient) -> Iterator[Finding]:
@@ -698,60 +796,59 @@ def _moved(p: _Patient) -> Iterator[Finding]:
         raise _Undone("the first weights or the student's are not at hand")
     still = sum(w.numel() for name, w in now.items() if torch.equal(w, first[name]))
     share = still / sum(w.numel() for w in now.values())
-    bad: Verdict = "ill" if share > 0.2 else "look" if share > 0 else "well"
-    cause = "the student never learned: its weights are those it began with"
-    if share < 1:
-        cause = f"{share:.0%} of the student's weights are frozen: they are as they began"
-    yield _told(Finding("frozen weights", share, "share that are as they began: 0", bad, cause,
-                        "Check requires_grad, the optimizer's parameters, and that the loss is not detached"))  # fmt: skip
+    cause = f"{share:.0%} of the student's weights are frozen: they are as they began"
+    if share == 1:
+        cause = "the student is frozen: it never learned, its weights are those it began with"
+    yield _found("frozen weights", share, _over(share, 0.0, 0.2), cause)
     if share < 1:
         moved = _apart(now, first) / max(_norm(first), 1e-12)
-        bad = "ill" if moved < 0.003 else "look" if moved < 0.03 or moved > 10 else "well"
-        cause = "the learning rate is too low or the steps too few: the weights have hardly moved"
-        remedy = "Raise training.optimizer.lr or training.steps"
+        bad = _under(moved, 0.03, 0.003)
+        cause = "the weights have hardly moved: the learning rate is too low or the steps too few"
         if moved > 10:
-            cause = "the learning rate is too high: the weights have run away from where they began"
-            remedy = "Lower training.optimizer.lr"
-        yield _told(Finding("moved", moved, "distance of the weights from the first, over their size: 0.1 to 5",
-                            bad, cause, remedy, suspicion=True))  # fmt: skip
+            bad, cause = "look", "the weights have run away: the learning rate is too high"
+        yield _found("moved", moved, bad, cause)
+
+
+def _reach(p: _Patient) -> Iterator[Finding]:
+    knobs, size = p.recipe.training, _size(p.weights.get("first", p.weights["average"]))
+    every = max(1, p.run.step // 1000)
+    rates = [knobs.learning_rate(Clock(k, knobs.steps)) for k in range(0, p.run.step, every)]
+    # Adam moves a weight by about the learning rate a step at most, whatever the gradient.
+    lr, one, reach = knobs.optimizer.lr, knobs.optimizer.lr / size, sum(rates) * every / size
+    cause = f"the learning rate {lr:g} is too high: a step is {one:.2g} times as large as a weight"
+    yield _found("step size", one, _over(one, 0.2, 1), cause)
+    cause = (
+        f"the learning rate is too low or the steps too few: {lr:g} over {p.run.step} steps moves "
+        f"a weight by {reach:.2g} times its size at most"
+    )
+    yield _found("reach", reach, _under(reach, 1, 0.1), cause)
 
 
 def _curves(p: _Patient) -> Iterator[Finding]:
     rows = [row for row in p.rows if math.isfinite(row.get("loss", math.nan))]
     if len(rows) < 4:
         raise _Undone("the log has fewer than 4 rows")
-    losses, quarter = [row["loss"] for row in rows], max(1, len(rows) // 4)
+    losses, quarter = [row["loss"] for row in rows], len(rows) // 4
     last, before = (median(part) for part in (losses[-quarter:], losses[:-quarter]))
-    grows = _grows(p.recipe)
-    if not grows and last > 0:
-        start = max(losses[0], 1e-300)
+    if not _grows(p.recipe) and min(losses) > 0:
         if not isinstance(p.recipe.objective, CONSISTENCY):  # theirs may begin near 0 and rise
-            ratio = last / start
-            yield _told(Finding("loss", ratio, "at the end over the start: below 1",
-                                "ill" if ratio > 2 else "look" if ratio > 1.1 else "well",
-                                "the loss has risen since the start: the learning rate is too high",
-                                "Lower training.optimizer.lr, or set training.clip=1", suspicion=True))  # fmt: skip
-        ratio = last / max(before, 1e-300)
-        yield _told(Finding("loss at the end", ratio, "last quarter over what was before: about 1 or less",
-                            "look" if ratio > 3 else "well",
-                            "the loss goes up at the end: training has become unstable",
-                            "Lower training.optimizer.lr, set training.decay=cosine", suspicion=True))  # fmt: skip
+            ratio = last / losses[0]
+            cause = "the loss has risen since the start: the learning rate is too high"
+            yield _found("loss", ratio, _over(ratio, 1.1, 2), cause)
+        ratio = last / before
+        cause = "the loss goes up at the end: training has become unstable"
+        yield _found("loss at the end", ratio, _over(ratio, 3), cause)
     norms = [row["gradient_norm"] for row in rows if "gradient_norm" in row]
-    if norms:
-        typical = median(norms)
-        if typical == 0:
-            yield Finding("gradient", 0, "its norm is above 0", "ill",
-                          "there is no gradient: nothing is learned",
-                          "Check that the loss is not detached and the weights are not frozen")  # fmt: skip
-            return
+    if norms and median(norms) == 0:
+        cause = "there is no gradient: nothing is learned, the student is frozen"
+        yield _found("gradient", 0, "ill", cause, "Check that the loss is not detached")
+    elif norms:
         yield gradient_finding(norms)
         clip = p.recipe.training.clip
         if clip is not None:
-            ratio = typical / clip
-            yield _told(Finding("clipping", ratio, "typical gradient norm over clip: below 10",
-                                "look" if ratio > 100 else "well",
-                                "almost all of every gradient is clipped away",
-                                f"Set training.clip={typical:.1g} or more", suspicion=True))  # fmt: skip
+            ratio = median(norms) / clip
+            cause = "almost all of every gradient is clipped away"
+            yield _found("clipping", ratio, _over(ratio, 100), cause)
 
 
 def gradient_finding(norms: list[float]) -> Finding:
@@ -764,50 +861,30 @@ def gradient_finding(norms: list[float]) -> Finding:
     """
     ratio = max(norms) / max(median(norms), 1e-300)
     # A curriculum raises norms tenfold; only an explosion raises a mean over 50 steps 100-fold.
-    return _told(Finding("gradient", ratio, "largest over typical norm: below 10",
-                         "look" if not ratio < 100 else "well",
-                         "the gradient explodes: the learning rate is too high, or an objective is unstable",
-                         "Lower training.optimizer.lr, or set training.clip", suspicion=True))  # fmt: skip
-
-
-def _schedule(p: _Patient) -> Iterator[Finding]:
-    objective, steps = p.recipe.objective, p.recipe.training.steps
-    if isinstance(objective, ConsistencyTraining):
-        levels = objective.curriculum.levels_at(Clock(steps - 1, steps))
-    elif isinstance(objective, ConsistencyDistillation):
-        levels = objective.levels
-    else:
-        return
-    # With 2 levels the target of pure noise is the data themselves, so the answer is their mean.
-    bad: Verdict = "ill" if levels < 4 else "look" if levels < 7 else "well"
-    yield _told(Finding("levels", levels, "N at the end: 8 to 1281", bad,
-                        f"too few noise levels, N = {levels}: neighbors are too far apart to agree",
-                        "Raise objective.levels, or the curriculum's end", suspicion=True))  # fmt: skip
+    cause = "the gradient explodes: the learning rate is too high, or an objective is unstable"
+    return _found("gradient", ratio, _over(ratio, 100), cause)
 
 
 def _coverage(p: _Patient) -> Iterator[Finding]:
-    knobs, length = p.recipe.training, None if p.data is None else _length(p.data)
-    images = p.run.step * knobs.batch_size
-    bad: Verdict = "look" if knobs.batch_size < 8 else "well"
-    yield _told(Finding("batch", knobs.batch_size, "samples in a step: 32 or more, or gradients are noise", bad,
-                        f"the batch of {knobs.batch_size} is too small: its gradient is mostly noise",
-                        "Raise training.batch_size", suspicion=True))  # fmt: skip
-    if length is not None:
-        epochs = images / length
-        bad = "look" if epochs < 1 else "well"
-        yield _told(Finding("epochs", epochs, "how often each sample was seen: 1 or more", bad,
-                            f"training saw only {epochs:.0%} of the data: too few steps",
-                            "Raise training.steps or batch_size", suspicion=True))  # fmt: skip
-        few = length < 100
-        yield _told(Finding("data size", length, "samples: hundreds at least", "look" if few else "well",
-                            f"{length} samples are few: a model learns them by heart", "Get more data", suspicion=True))  # fmt: skip
+    size = p.recipe.training.batch_size
+    cause = f"the batch of {size} is too small: its gradient is mostly noise"
+    yield _found("batch", size, _under(size, 8), cause)
+    if p.length is not None:
+        epochs = p.run.step * size / p.length
+        cause = f"training saw only {epochs:.0%} of the data: too few steps"
+        yield _found("epochs", epochs, _under(epochs, 1), cause)
+        cause = f"{p.length} samples are too few: a model learns them by heart"
+        yield _found("data size", p.length, _under(p.length, 100), cause)
+
+
+# ── the averages ──
 
 
 def memory_finding(decay: float, steps: int, name: str = "average") -> Finding:
     """How much of a moving average is still the weights of the start.
 
     Args:
-        decay: Of the average; its weight of the start is `decay` to the power of the steps.
+        decay: Of the average; the start counts with `decay` to the power of the steps.
         steps: How many are taken.
         name: What is averaged, for the message.
 
@@ -815,11 +892,12 @@ def memory_finding(decay: float, steps: int, name: str = "average") -> Finding:
     """
     left = decay**steps
     # Over a half, the average is more its start than all that was learned; a tenth shows.
-    bad: Verdict = "ill" if left > 0.5 else "look" if left > 0.1 else "well"
-    return _told(Finding(f"{name} memory", left, "share of the first weights in it: below 0.01", bad,
-                         f"the {name} still remembers the first weights: {left:.0%} of it after {steps} steps, with decay {decay:g} too near 1",
-                         f"Set training.average_decay={max(0.0, 1 - 10 / max(steps, 11)):.3g}, or train longer",
-                         suspicion=True))  # fmt: skip
+    cause = (
+        f"the {name} still remembers the first weights: they are {left:.0%} of it after {steps} "
+        f"steps, its decay {decay:g} is too near 1"
+    )
+    better = f"Set training.average_decay={max(0.0, 1 - 10 / max(steps, 11)):.3g}, or train longer"
+    return _found(f"{name} memory", left, _over(left, 0.1, 0.5), cause, better)
 
 
 def _averages(p: _Patient) -> Iterator[Finding]:
@@ -829,177 +907,136 @@ def _averages(p: _Patient) -> Iterator[Finding]:
     if student is None:
         raise _Undone("the student's weights are not at hand, only its average")
     if first is not None and (way := _apart(student, first)) > 0:
-        if _apart(average, first) == 0 and p.run.step * (1 - p.run.average) > 1e-3:
-            yield Finding("average moves", 0, "its way from the start over the student's: about 1",
-                          "ill", "the average was never moved: it is the first weights",
-                          "Check that blend is called after every step")  # fmt: skip
+        moves = _apart(average, first) / way
+        if p.run.step * (1 - p.run.average) > 1:  # by now it should have gone most of the way
+            cause = "the average is frozen: it was not moved after each step"
+            yield _found("average moves", moves, _under(moves, 0.3, 0.05), cause)
         if target is not None:
-            expected = _remembered(p)
-            ratio = _apart(target, first) / way
-            frozen = ratio < 0.1  # whatever μ, one that follows has gone most of the way
-            yield _told(Finding("target moves", ratio, "its way from the start over the student's: about 1",
-                                "ill" if frozen else "look" if ratio < 0.5 else "well",
-                                f"the target does not move: {'with mu this near 1 it keeps' if expected > 0.5 else 'it is frozen at'} the first weights",
-                                "Lower the decay mu of the objective, or check that the target is updated", suspicion=True))  # fmt: skip
+            # Whatever mu, a target that follows has gone most of the way, even if at a distance.
+            ratio, left = _apart(target, first) / way, _remembered(p)
+            why = f"mu is too near 1: it keeps {left:.0%} of the first weights"
+            cause = f"the target does not move: {why if left > 0.5 else 'it is frozen'}"
+            yield _found("target moves", ratio, _under(ratio, 0.5, 0.1), cause)
     if p.data is not None:
-        model = _with(p.run.model, student)
         theirs, ours = (
-            sum(_excess(each, p.some, p.levels, p.variances)) for each in (model, p.run.model)
+            sum(_excess(each, p.some, p.levels, p.variances))
+            for each in (_with(p.run.model, student), p.run.model)
         )
-        behind = ours / max(theirs, 1e-300)
-        yield _told(Finding("average behind", behind, "its denoising error over the student's: 1 or less",
-                            "look" if not behind < 1.5 else "well",
-                            f"the average is far behind the student: decay {p.run.average:g} is too near 1 for {p.run.step} steps",
-                            "Lower training.average_decay or train longer", suspicion=True))  # fmt: skip
+        cause = (
+            f"the average is far behind the student: its decay {p.run.average:g} is too near 1 for "
+            f"{p.run.step} steps"
+        )
+        ratio = ours / max(theirs, 1e-300)
+        yield _found("average behind", ratio, _over(ratio, 1.5), cause)
 
 
 def _remembered(p: _Patient) -> float:
     """What is left of the first weights in the target."""
-    steps, taken = p.recipe.training.steps, p.run.step
-    every = max(1, taken // 1000)
-    decays = [p.recipe.objective.target_decay(Clock(k, steps)) for k in range(0, taken, every)]
-    return math.prod(decay**every for decay in decays)
+    steps, every = p.recipe.training.steps, max(1, p.run.step // 1000)
+    clocks = (Clock(k, steps) for k in range(0, p.run.step, every))
+    return math.prod(p.recipe.objective.target_decay(clock) ** every for clock in clocks)
 
 
 # ── the model ──
 
 
-def _told_sigma(p: _Patient) -> Iterator[Finding]:
-    like = torch.empty(64, *p.run.record["shape"], device=p.device)
-    z = normal(like, seeded("doctor", "sigma"))
-    label = None if p.labels is None else p.labels[torch.arange(64) % len(p.labels)]
-    net, c = p.run.model.net, p.recipe.scalings
-    grid = p.range.grid(6)[1:-1].tolist()
+def _hears_sigma(p: _Patient) -> Iterator[Finding]:
+    x, net, c = p.noise("sigma"), p.run.model.net, p.recipe.scalings
     with torch.no_grad():
-        said = torch.stack(
-            [net(z, c.c_noise(torch.full((64,), s, device=p.device)), label) for s in grid]
-        ).double()
-    change = float((said - said.mean(0)).square().mean().sqrt() / said.square().mean().sqrt().clamp(min=1e-12))  # fmt: skip
-    yield _told(Finding("hears sigma", change, "how much the network's answer changes with sigma: 0.1 to 1",
-                        "ill" if change < 0.005 else "well",
-                        "the network does not hear sigma: its answer is the same at every noise level",
-                        "Check the time embedding, and that c_noise reaches the network"))  # fmt: skip
+        said = [net(x, c.c_noise(x.new_full((len(x),), s)), p.told) for s in p.range.grid(6)[1:-1]]
+    answers = torch.stack(said).double()
+    change = (answers - answers.mean(0)).square().mean() / answers.square().mean().clamp(min=1e-24)
+    cause = "the network does not hear sigma: its answer is the same at every noise level"
+    hears = float(change.sqrt())
+    yield _found("hears sigma", hears, "well" if hears > 0.005 else "ill", cause)
 
 
 def _denoises(p: _Patient) -> Iterator[Finding]:
-    # One of the samples that x may have come from is twice as far off as their mean.
-    times = 2.0 if p.jumps or isinstance(p.recipe.objective, CONSISTENCY) else 1.0
-    levels = p.levels
-    found = _excess(p.run.model, p.some, levels, p.variances, times)
-    worst = max(found)
-    limit = 1.5
-    cause, remedy = "", ""
-    if not worst < limit:
-        at = levels[found.index(worst)]
-        cause = _misdressed(p, p.run.model, worst, times) or ""
-        remedy = "Set the scalings, sigma_data or data that it was trained with"
-        if cause:
-            cause = f"the model is {cause}"
-        else:
-            cause, remedy = _why_poor(p, at)
-    yield Finding("denoises", worst, f"its error over that of means and variances alone{', twice' if times == 2 else ''}: below 1",
-                  "ill" if cause else "well", cause, remedy, symptom=True)  # fmt: skip
+    times = _answers(p.recipe)
+    found = _excess(p.run.model, p.some, p.levels, p.variances, times)
+    worst, cause, remedy = max(found), "", ""
+    if not worst < POOR:
+        at = p.levels[found.index(worst)]
+        said = _misdressed(p, p.run.model, worst, times)
+        cause, remedy = (f"the model is {said}", "") if said else _why_poor(p, at)
+    yield _found("denoises", worst, "ill" if cause else "well", cause, remedy)
 
 
 def _why_poor(p: _Patient, sigma: float) -> tuple[str, str]:
-    """Why a model does worse than means and variances at some level."""
+    """Why a model does worse at some level than means and variances."""
     try:
-        near = (p.loss.sigma / sigma).log().abs() < math.log(2)
+        near = (p.loss.sigma.double() / sigma).log().abs() < math.log(2)
         share = float(near.double().mean())
     except (_Undone, ValueError):
         share = 1.0
     if share < 0.01:
         return (
-            f"noise levels near {sigma:.2g} are hardly ever trained ({share:.1%} of the draws)",
-            "Set objective.sigma_law, or the noise range, so that they are",
+            f"noise levels near {sigma:.2g} are hardly ever trained: {share:.1%} of the draws",
+            "Choose objective.sigma_law, or the noise range, so that they are",
         )
     return (
-        f"the model has not learned to denoise at sigma {sigma:.2g}: it was trained too little, with "
-        "a learning rate that does not suit, or on other data",
+        f"the model has not learned to denoise at sigma {sigma:.2g}: it was trained too little, "
+        "unsteadily, or on other data",
         "Train longer, or try another training.optimizer.lr",
     )
 
 
-def _labels_heard(p: _Patient, model: Denoiser, name: str, whose: str) -> Iterator[Finding]:
-    batch, classes = p.some, p.run.record["classes"]
-    if not classes or classes < 2 or batch.label is None:
-        return
-    x, label = p.seen
-    if len(label.unique() if label is not None else ()) < classes:
-        raise _Undone("the samples at hand do not hold every class")
-    n = len(batch.x)
-    if len(x) < 2 * n:  # the reference must not know the very points it is asked about
-        n = len(x) // 2
-        batch = Batch(batch.x[:n], batch.label[:n])
-    if n < 16 or len(x) == n:
-        raise _Undone("there are too few samples")
-    levels = [level for level in p.levels if level >= 0.5 * p.std * 0.99]
-    world = Dataset(x[n:].to(p.device), None if label is None else label[n:].to(p.device))
-    try:
-        expected = _gain(world.denoiser, batch, levels, classes)
-    except ValueError as error:
-        raise _Undone("the samples at hand do not hold every class") from error
-    gain = _gain(model, batch, levels, classes)
-    k = max(range(len(levels)), key=lambda i: expected[i])
-    if expected[k] < 0.05:
-        return  # then labels say nothing that could be heard here
-    ratio = gain[k] / expected[k]
-    cause = f"{whose} ignores the label: a wrong one costs nothing; it may have learned from shuffled labels"
-    if ratio < -0.1:
-        cause = f"{whose} has other labels than the data: a wrong one does better than the right one"
-    yield _told(Finding(name, ratio, "what the right label saves, over what it could: 0.3 to 2",
-                        "ill" if ratio < 0.05 else "look" if ratio < 0.15 else "well", cause,
-                        "Check that labels reach the network in training, in the order of the data",
-                        symptom=True))  # fmt: skip
-
-
 def _labels(p: _Patient) -> Iterator[Finding]:
-    return _labels_heard(p, p.run.model, "labels", "the model")
+    yield from _labels_heard(p, p.run.model, "labels", "the model")
+
+
+def _labels_heard(p: _Patient, model: Denoiser, name: str, whose: str) -> Iterator[Finding]:
+    """What the right label saves, over what it saves the data's own exact denoiser."""
+    (x, label), classes, n = p.seen, p.run.record["classes"], min(p.count, len(p.seen.x) // 2)
+    if label is None or classes < 2:
+        return
+    if n < 16 or len(label[n:].unique()) < classes:  # points that are asked about must be others
+        raise _Undone("the samples at hand are too few for their classes")
+    batch = Batch(p.some.x[:n], label[:n].to(p.device))
+    world = Dataset(x[n:].to(p.device), label[n:].to(p.device))
+    levels = [sigma for sigma in p.levels if sigma > 0.4 * p.std]
+    could = _gain(world.denoiser, batch, levels, classes)
+    k = max(range(len(levels)), key=could.__getitem__)
+    if could[k] < 0.05:
+        return  # then labels say nothing that could be heard
+    heard = _gain(model, batch, [levels[k]], classes)[0] / could[k]
+    cause = (
+        f"{whose} ignores the label, or learned it from shuffled ones: a wrong one costs nothing"
+    )
+    if heard < -0.1:
+        cause = f"{whose} has learned other labels than the data's: wrong ones do better"
+    yield _found(name, heard, _under(heard, 0.15, 0.05), cause)
 
 
 # ── its samples ──
 
 
-def _response(p: _Patient) -> Iterator[Finding]:
+def _variety(p: _Patient) -> Iterator[Finding]:
     one, two = (each.double() for each in p.drawn)
-    apart = float((one - two).flatten(1).square().sum(1).mean()) / 2
+    made = float((one - two).flatten(1).square().sum(1).mean()) / 2
     natural = p.within if p.data is not None else p.range.sigma_data**2 * one[0].numel()
-    ratio = apart / max(natural, 1e-300)
-    # A mean in place of samples leaves a small part of the variance; guidance takes some by intent.
-    guidance = max(1.0, p.recipe.guidance)
-    cause, remedy, bad = "", "", "well"
-    if not math.isfinite(ratio) or ratio > 4:
-        bad, cause = "ill", "the samples are scattered far beyond the data"
-        remedy = "Train longer or with a smaller learning rate; look at sigma_data and sigma_max"
-    elif ratio < 0.02:
-        bad, cause = "ill", "the model has collapsed: it answers the same whatever the noise"
-        remedy = "Look at the learning rate, the target's decay and the number of levels"
-    elif ratio < 0.3 / guidance:
-        bad, cause = "ill", "the samples are blurred: means in place of samples, too alike"
-        remedy = "Train longer; raise the levels at the end, lower them at the start"
-    elif ratio < 0.5 / guidance or ratio > 1.8:
-        bad, cause = "look", "the samples vary less than the data, or more"
-        remedy = "Look at them: cmbook sample"
-    yield Finding("variety", ratio, "variance that noise makes, over that of the data: 0.7 to 1.2",
-                  bad, cause, remedy, symptom=True)  # type: ignore[arg-type]  # fmt: skip
+    ratio = made / max(natural, 1e-300)
+    blurred = 0.2 / max(1.0, p.recipe.guidance)  # guidance takes some of it by intent
+    bad = _under(ratio, 2 * blurred, blurred)
+    cause = "the samples are blurred: means in place of samples, too alike"
+    if ratio < 0.02:
+        cause = "the model has collapsed: it answers the same whatever the noise"
+    if not ratio < 1.8:
+        bad, cause = _over(ratio, 1.8, 4), "the samples are scattered far beyond the data"
+    yield _found("variety", ratio, bad, cause)
 
 
 def _inside(p: _Patient) -> Iterator[Finding]:
-    x = p.drawn[0].double()
-    low, high = (
-        (float(p.seen.x.min()), float(p.seen.x.max())) if p.data is not None else (-1.0, 1.0)
-    )
+    x, seen = p.drawn[0], torch.tensor([-1.0, 1.0]) if p.data is None else p.seen.x
+    low, high = float(seen.min()), float(seen.max())
     margin = 0.2 * (high - low)
-    out = float(((x < low - margin) | (x > high + margin) | ~x.isfinite()).double().mean())
+    out = float((~((x > low - margin) & (x < high + margin))).double().mean())
     cause = "many samples lie outside the range of the data"
-    yield _told(Finding("sample range", out, "share of numbers far outside the data's range: 0",
-                        "ill" if out > 0.1 else "look" if out > 0.02 else "well", cause,
-                        "Train longer or with a smaller learning rate; check the range of the data",
-                        symptom=True))  # fmt: skip
+    yield _found("sample range", out, _over(out, 0.02, 0.1), cause)
 
 
 def _modes(p: _Patient) -> Iterator[Finding]:
-    real, made = p.seen.x.double().flatten(1), p.drawn[0].double().flatten(1).cpu()
+    real, made = (x.double().flatten(1).cpu() for x in (p.seen.x, p.drawn[0]))
     if len(real) < 64 or not bool(made.isfinite().all()):
         raise _Undone("there are too few samples, or some are not finite")
     centers = _centers(real, 8)
@@ -1007,110 +1044,93 @@ def _modes(p: _Patient) -> Iterator[Finding]:
         torch.cdist(x, centers).argmin(1).bincount(minlength=8).double() / len(x)
         for x in (real, made)
     )
+    # Chance alone misplaces about a tenth. Over a half, most of the mass is elsewhere.
     missing = float((theirs - ours).clamp(min=0).sum())
-    # Chance alone misplaces about 10% of a few hundred; over a half, most of the mass is elsewhere.
-    yield _told(Finding("modes", missing, "share of the data's mass where too few samples are: below 0.25",
-                        "ill" if missing > 0.5 else "look" if missing > 0.35 else "well",
-                        "the samples miss much of the data: modes have collapsed, or they are of other data",
-                        "Train longer or with larger batches; check data and labels", symptom=True))  # fmt: skip
+    cause = "the samples miss much of the data: modes have collapsed, or it learned other data"
+    yield _found("modes", missing, _over(missing, 0.35, 0.5), cause)
 
 
 def _copies(p: _Patient) -> Iterator[Finding]:
-    if math.prod(p.run.record["shape"]) < 16 or (length := _length_of(p)) is None:
-        return  # in few dimensions, many points are always near; endless data cannot be copied
-    x, made = p.seen.x.flatten(1).double(), p.drawn[0].flatten(1).double().cpu()
+    if math.prod(p.run.record["shape"]) < 16 or p.length is None:
+        return  # in few dimensions something is always near, and endless data cannot be copied
+    x, made = (each.flatten(1).double().cpu() for each in (p.seen.x, p.drawn[0]))
     if not bool(made.isfinite().all()):
         raise _Undone("some samples are not finite")
-    apart = torch.cdist(x[:512], x)
-    apart[torch.arange(len(apart)), torch.arange(len(apart))] = math.inf
-    usual = apart.min(1).values
-    near = nearest_training(made, x).distance
-    copied = float((near < 0.25 * usual[usual > 0].median()).double().mean()) if bool((usual > 0).any()) else 1.0  # fmt: skip
-    nearer = share_nearer(near, usual)
-    yield _told(Finding("copies", copied, "share of samples that nearly are training samples: 0",
-                        "ill" if copied > 0.5 else "look" if copied > 0.1 else "well",
-                        f"the model repeats its training samples: it has learned {length} by heart",
-                        "Use more data, fewer steps or a smaller network", symptom=True))  # fmt: skip
-    del nearer
-
-
-def _length_of(p: _Patient) -> int | None:
-    return None if p.data is None else _length(p.data)
+    apart = torch.cdist(x, x).fill_diagonal_(math.inf).amin(1)
+    usual = float(apart[apart > 0].median()) if bool((apart > 0).any()) else math.inf
+    copied = float((nearest_training(made, x).distance < 0.25 * usual).double().mean())
+    cause = f"the model repeats its training samples: it knows {p.length} of them by heart"
+    yield _found("copies", copied, _over(copied, 0.1, 0.5), cause)
 
 
 def _follows(p: _Patient) -> Iterator[Finding]:
-    if not p.jumps or p.recipe.teacher is None or not p.recipe.objective.needs_teacher:
+    objective = p.recipe.objective
+    if not p.jumps or not objective.needs_teacher:
         return
     if p.walker is None:
         raise _Undone("the teacher is not at hand")
-    n = min(64, p.count, len(p.some.x) if p.data is not None else 64)
-    like = torch.empty(n, *p.run.record["shape"], device=p.device)
-    x = prior(like, p.range, seeded("doctor", "walk"))
-    label = None if p.labels is None else p.labels[:n]
-    fine = ode_sample(p.walker, x, p.range, label).double()
-    spread = math.sqrt(2 * (p.within if p.data is not None else _within(fine, label)))
+    x = p.range.sigma_max * p.noise("walk")
+    fine = ode_sample(p.walker, x, p.range, p.told).double()
+    spread = math.sqrt(2 * (p.within if p.data is not None else _within(fine, p.told)))
 
     def off(answer: Tensor) -> float:
-        return float((answer - fine).flatten(1).square().sum(1).mean().sqrt()) / max(spread, 1e-300)
+        """1 is what two samples get that have nothing to do with each other."""
+        squared = (answer.double() - fine).flatten(1).square().sum(1)
+        return float(squared.mean().sqrt()) / max(spread, 1e-300)
 
-    objective = p.recipe.objective
     if isinstance(objective, ConsistencyDistillation):
-        coarse = ode_sample(
-            p.walker, x, p.range, label, levels=objective.levels - 1 or 1, solver=objective.solver
-        ) if objective.levels > 2 else _ask(p.walker, x, p.range.sigma_max, label)  # fmt: skip
-        lost = off(coarse.double())
-        yield _told(Finding("grid", lost, "what the teacher loses on the student's grid, over chance: below 0.3",
-                            "look" if lost > 0.6 else "well",
-                            f"the grid of {objective.levels} levels is too coarse for the teacher's path",
-                            "Raise objective.levels, or use Heun", suspicion=True))  # fmt: skip
-    found = off(_ask(p.run.model, x, p.range.sigma_max, label))
-    # 1 is what two samples that have nothing to do with each other get.
-    yield _told(Finding("follows teacher", found, "distance from where the teacher walks, over chance: below 0.6",
-                        "ill" if not found < 0.95 else "look" if found > 0.8 else "well",
-                        "the student does not land where its teacher walks: it was trained too little, or its teacher was changed",
-                        "Train longer", symptom=True))  # fmt: skip
+        n = max(2, objective.levels - 1)  # and the walk's last level is 0
+        lost = off(ode_sample(p.walker, x, p.range, p.told, levels=n, solver=objective.solver))
+        cause = f"the grid of {objective.levels} levels is too coarse for the teacher's path"
+        yield _found("grid", lost, _over(lost, 0.6), cause)
+    found = off(_ask(p.run.model, x, p.range.sigma_max, p.told))
+    cause = (
+        "the student does not land where its teacher walks: it was trained too little, or from "
+        "another teacher"
+    )
+    yield _found("follows teacher", found, _over(found, 0.8, 0.95), cause)
 
 
 def _tangents(p: _Patient) -> Iterator[Finding]:
     if not isinstance(p.recipe.objective, ContinuousDistillation | ContinuousTraining):
         return
-    batch, found = Batch(*(None if t is None else t[:64] for t in p.some)), []  # type: ignore[arg-type]
+    x0, label, found = p.some.x[:64], None if p.some.label is None else p.some.label[:64], []
     for sigma in p.levels:
-        x = _noisy(batch.x, sigma)
-        level = x.new_full((len(x),), sigma)
-        dx = (x - batch.x) / sigma
+        x, level = _noisy(x0, sigma), x0.new_full((len(x0),), sigma)
+        dx = (x - x0) / sigma
         with torch.no_grad():
             if p.walker is not None:
-                dx = velocity(x, p.walker(x, level, batch.label), level)
-            _, change = tangent(p.run.model, x, level, dx, batch.label)
+                dx = velocity(x, p.walker(x, level, label), level)
+            _, change = tangent(p.run.model, x, level, dx, label)
         found.append(sigma * float(change.double().flatten(1).norm(dim=1).median()))
+    # 0 at the truth. Over 10, a change of sigma by a tenth carries the answer across all the data.
     size = max(found) / max(math.sqrt(float(p.variances.sum())), 1e-300)
-    # 0 at the truth. Over 10, a step of a tenth of sigma leaves the data's whole range.
-    yield _told(Finding("tangent", size, "change of the answer as sigma grows by its own size, over the data's: below 2",
-                        "ill" if not size < 10 else "look" if size > 3 else "well",
-                        "the tangents explode: continuous training is unstable",
-                        "Lower training.optimizer.lr, start from a trained teacher, set training.clip", symptom=True))  # fmt: skip
+    cause = "the tangents explode: continuous training is unstable"
+    yield _found("tangent", size, _over(size, 3, 10), cause)
 
 
 def _loss_by_sigma(p: _Patient) -> Iterator[Finding]:
     loss = p.loss
-    edges = torch.tensor([math.log(s) for s in p.range.grid(9).tolist()][::-1]).to(loss.sigma)
-    bins = torch.bucketize(loss.sigma.log(), edges[1:-1].contiguous())
-    parts = torch.zeros(8, dtype=torch.float64).to(loss.sigma.device).double()
-    parts.index_add_(0, bins, loss.per_sample.double().abs())
-    share = float(parts.max() / parts.sum().clamp(min=1e-300))
-    at = math.exp(float(edges[int(parts.argmax())] + edges[int(parts.argmax()) + 1]) / 2)
-    yield _told(Finding("loss by sigma", share, "largest share of one eighth of the levels: below 0.8",
-                        "look" if share > 0.9 else "well",
-                        f"levels near sigma {at:.2g} are {share:.0%} of the loss and drown the others",
-                        "Set objective.weight, such as inverse_gap"))  # fmt: skip
+    if len(loss.sigma.unique()) < 9:
+        return  # one level may well be all
+    edges = p.range.grid(9).flip(0).log().to(loss.sigma)
+    parts = torch.zeros(8, dtype=torch.float64, device=loss.sigma.device)
+    which = torch.bucketize(loss.sigma.log(), edges[1:-1].contiguous())
+    parts.index_add_(0, which, loss.per_sample.double().abs())
+    k = int(parts.argmax())
+    share, at = (
+        float(parts[k] / parts.sum().clamp(min=1e-300)),
+        float(edges[k : k + 2].mean().exp()),
+    )
+    cause = f"levels near sigma {at:.2g} are {share:.0%} of the loss and drown the others"
+    yield _found("loss by sigma", share, _over(share, 0.9), cause)
 
 
-CHECKS: tuple[Callable[[_Patient], Iterator[Finding]], ...] = (
-    *(_weights_finite, _data_range, _data_variety, _data_layout, _data_labels),
-    *(_noise_range, _boundary, _teacher, _progress, _moved, _reach, _curves, _averages),
-    *(_schedule, _coverage, _same_data, _told_sigma, _copies, _labels, _denoises),
-    *(_response, _inside, _modes, _follows, _tangents, _loss_by_sigma),
+CHECKS: tuple[Callable[[_Patient], Iterator[Finding]], ...] = (  # upstream first
+    *(_finite, _data_range, _data_variety, _data_layout, _data_labels, _noise_range, _boundary),
+    *(_teacher, _progress, _moved, _reach, _curves, _averages, _levels, _coverage, _same_data),
+    *(_hears_sigma, _copies, _labels, _denoises, _variety, _inside, _modes, _follows, _tangents),
+    _loss_by_sigma,
 )
 
 
@@ -1123,10 +1143,14 @@ def warnings(recipe: Experiment, data: Data) -> list[str]:
     Source: ours.
     """
     size = max(16, min(256, NUMBERS // 16 // math.prod(data.shape)))
-    x = next(data.batches(size, recipe.seed)).x
-    found = [sigma_data_finding(float(x.double().std(correction=0)), recipe.noise_range)]
-    knobs = recipe.training
-    found.append(memory_finding(knobs.average_decay, knobs.steps))
+    x, knobs = next(data.batches(size, recipe.seed)).x, recipe.training
+    std, largest = float(x.double().std(correction=0)), float(x.abs().max())
+    cause = f"the data reach {largest:.3g}, not 1"
+    found = (
+        _found("data range", largest, _over(largest, 3), cause),
+        sigma_data_finding(std, recipe.noise_range),
+        memory_finding(knobs.average_decay, knobs.steps),
+    )
     return [f"{f.cause}. {f.remedy}" for f in found if f.verdict != "well"]
 
 
@@ -1140,14 +1164,14 @@ class Watch:
     norms: list[float] = field(default_factory=list)
     said: bool = False
 
-    def __call__(self, norm: float) -> str | None:
-        """A warning, or nothing."""
+    def __call__(self, norm: float) -> list[str]:
+        """A warning, if it is time for one."""
         self.norms.append(norm)
         found = gradient_finding(self.norms)
         if self.said or len(self.norms) < 5 or found.verdict == "well":
-            return None
+            return []
         self.said = True
-        return f"{found.cause}. {found.remedy}"
+        return [f"{found.cause}. {found.remedy}"]
 
 
 def _notes(recipe: Experiment) -> Iterator[str]:
@@ -1156,12 +1180,9 @@ def _notes(recipe: Experiment) -> Iterator[str]:
         return
     curriculum, steps = recipe.objective.curriculum, recipe.training.steps
     clocks = [Clock(k, steps) for k in (0, steps // 2, steps - 1)]
-    levels = [curriculum.levels_at(clock) for clock in clocks]
-    decays = [curriculum.decay_at(clock) for clock in clocks]
-    yield (
-        f"N(k) is {', '.join(map(str, levels))} and mu(k) {', '.join(f'{d:.3g}' for d in decays)} "
-        "at the start, the middle and the end"
-    )
+    levels = ", ".join(str(curriculum.levels_at(clock)) for clock in clocks)
+    decays = ", ".join(f"{curriculum.decay_at(clock):.3g}" for clock in clocks)
+    yield f"N(k) is {levels} and mu(k) {decays} at the start, the middle and the end"
     if _grows(recipe):
         yield "the loss need not fall while N grows: every N is another, harder question"
 
@@ -1177,9 +1198,29 @@ def _grows(recipe: Experiment) -> bool:
 # ── small things ──
 
 
-def _told(found: Finding) -> Finding:
-    """Without cause and remedy, if it is well."""
-    return replace(found, cause="", remedy="") if found.verdict == "well" else found
+def _over(value: float, look: float, ill: float = math.inf) -> Verdict:
+    """Too much is bad, and so is what is no number."""
+    if not value <= ill:
+        return "ill"
+    return "look" if value > look else "well"
+
+
+def _under(value: float, look: float, ill: float = -math.inf) -> Verdict:
+    """Too little is bad, and so is what is no number."""
+    if not value >= ill:
+        return "ill"
+    return "look" if value < look else "well"
+
+
+def _found(check: str, measured: float, verdict: Verdict, cause: str, remedy: str = "") -> Finding:
+    """A finding, with what the table says of its check."""
+    norm = NORMS[check]
+    if verdict == "well":
+        return Finding(check, float(measured), norm.normal)
+    role = {"suspicion": norm.role == "suspicion", "symptom": norm.role == "symptom"}
+    return Finding(
+        check, float(measured), norm.normal, verdict, cause, remedy or norm.remedy, **role
+    )
 
 
 def _with(model: Preconditioned, weights: dict[str, Tensor]) -> Denoiser:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import cmbook
-from cmbook import checkpoints, experiment
+from cmbook import checkpoints, doctor, experiment
 from cmbook.board import Board, summary_writer
 from cmbook.data import Data, fingerprint
 from cmbook.experiment import Experiment
@@ -242,6 +242,8 @@ def _carry_out(
     if state.step == knobs.steps:  # nothing is left to do, nor to record
         return load(folder, device)
     text = processes.on_main(lambda: _record(folder, recipe, data, inputs, device, processes.count))
+    if processes.is_main:
+        _warn(doctor.warnings(recipe, data))
     if teacher is not None:
         teacher.to(device)
         if knobs.teacher_precision == "bfloat16":
@@ -290,6 +292,7 @@ def _follow(
     knobs = recipe.training
     log = _Log(folder / "log.csv", state.step) if processes.is_main else None
     bar, patience = _bar(recipe, folder, state.step, progress), _patience(processes.count > 1)
+    watch = doctor.Watch()
     with bar, patience as stopped:
         for step in steps:
             last, stop = state.step == knobs.steps, processes.any(stopped.is_set())
@@ -298,6 +301,7 @@ def _follow(
                 log.add(step)
                 if state.step % LOG_EVERY == 0 or save:
                     row = log.write(step, state.step * knobs.batch_size)
+                    _warn(watch(row["gradient_norm"]))
                     bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
                     _check_finite(row["loss"], state.student, state.step, folder)
                     if board is not None:
@@ -688,6 +692,11 @@ def _command(folder: Path) -> str:
         plain = folder == Path("runs") / name
         return f"cmbook train {name}" + ("" if plain else f" --out {folder}")
     return f"cmbook train RECIPE --out {folder}"
+
+
+def _warn(said: list[str]) -> None:
+    for line in said:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _check_finite(loss: float, student: nn.Module, step: int, folder: Path) -> None:

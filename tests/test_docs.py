@@ -55,7 +55,7 @@ ABOVE = [
             "diffusers",
         )
     ],
-    *["experiment", "costs", "runs", "board", "reports", "pictures", "plotting", "demo"],
+    *["experiment", "costs", "runs", "doctor", "board", "reports", "pictures", "plotting", "demo"],
 ]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
@@ -186,7 +186,7 @@ def test_the_code_of_a_page_runs(blocks, tmp_path, monkeypatch):
 
 
 def test_the_page_of_a_command_shows_its_help():
-    commands = ["demo", "train", "sample", "edit", "evaluate", "compare", "export", "configs"]
+    commands = ["demo", "train", "doctor", "sample", "edit", "evaluate", "compare", "export", "configs"]
     commands += ["data get", "data check", "data reference", "data export-lsun", "notebooks"]
     for command in commands:
         assert f"<!-- help: {command} -->" in API

@@ -19,7 +19,10 @@ FLOORS = {
         *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
         "processes",
     },
-    4: {"experiment", "costs", "runs", "interop", "board", "reports", "pictures", "plotting"},
+    4: {
+        *["experiment", "costs", "runs", "doctor", "interop", "board", "reports", "pictures"],
+        "plotting",
+    },
     5: {"demo", "__main__", "__init__"},
 }
 THIRD_PARTY = {
@@ -40,8 +43,8 @@ STANDARD = {
     "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
     "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
     "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
-    "shlex", "shutil", "signal", "struct", "sys", "tarfile", "threading", "time", "tomllib",
-    "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
+    "shlex", "shutil", "signal", "statistics", "struct", "sys", "tarfile", "threading", "time",
+    "tomllib", "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
