@@ -338,7 +338,8 @@ class _Patient:
             return None
         if self.data is not None and self.some.label is not None:
             return self.some.label
-        return torch.arange(self.count, device=self.device) % classes
+        label: Labels = torch.arange(self.count, device=self.device) % classes
+        return label
 
     @cached_property
     def drawn(self) -> tuple[Samples, Samples]:
@@ -998,7 +999,8 @@ def _linear(x: Samples) -> Denoiser:
     def denoise(x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
         along = (x.double().flatten(1) - mean) @ axes.T
         kept = variances / (variances + sigma.double()[:, None] ** 2)
-        return (mean + (along * kept) @ axes).view_as(x).to(x.dtype)
+        best: Samples = (mean + (along * kept) @ axes).view_as(x).to(x.dtype)
+        return best
 
     return denoise
 
