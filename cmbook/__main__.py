@@ -58,7 +58,7 @@ class Train:
     For example:  cmbook train digits/edm
                   cmbook train digits/cd objective.levels=40 training.steps=500 --out runs/short
 
-    Ctrl-C stops after the current step with a checkpoint; --resume goes on from there.
+    Ctrl-C or SIGTERM stops after the current step with a checkpoint; --resume goes on from there.
     On 8 GPUs: torchrun --nproc-per-node 8 -m cmbook train digits/cd
     """
 
@@ -72,6 +72,8 @@ class Train:
     """Folder of the run; by default runs/NAME."""
     resume: bool = False
     """Go on with the run in that folder."""
+    changed: bool = False
+    """With --resume: also with other settings, data or teacher than it had; says which."""
     overwrite: bool = False
     """Replace the run in that folder."""
     device: str = "auto"
@@ -93,6 +95,7 @@ class Train:
                     recipe,
                     folder,
                     resume=self.resume,
+                    changed=self.changed,
                     overwrite=self.overwrite,
                     device=processes.device or _device(self.device),
                     tensorboard=self.tensorboard,

@@ -15,8 +15,9 @@ the process, the last complete checkpoint is untouched.
 
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cmbook.disk import flush
 from cmbook.training import State
 
 Weights = dict[str, Tensor]
@@ -56,14 +58,15 @@ def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
     for rest in [*folder.glob(path.name), *folder.glob(".unfinished-*")]:
         shutil.rmtree(rest)
     unfinished = folder / f".unfinished-{path.name}"
-    unfinished.mkdir(parents=True)
-    for name, model in _models(state).items():
-        save_file(_weights(model), unfinished / f"{name}.safetensors")
-    torch.save(
-        {"step": state.step, "optimizer": state.optimizer.state_dict()}, unfinished / "state.pt"
-    )
-    (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
-    _seal(unfinished, path)
+    with _unfinished(unfinished):
+        for name, model in _models(state).items():
+            save_file(_weights(model), unfinished / f"{name}.safetensors")
+        torch.save(
+            {"step": state.step, "optimizer": state.optimizer.state_dict()},
+            unfinished / "state.pt",
+        )
+        (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
+        _seal(unfinished, path)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old.rename(folder / f".unfinished-{old.name}"))
     return path
@@ -93,14 +96,10 @@ def share(folder: Path, model: nn.Module, recipe: str, *, half: bool = False) ->
             raise ValueError("a weight is too large for half precision; export without half")
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with _unfinished(unfinished):
         save_file(weights, unfinished / "average.safetensors")
         (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
         _seal(unfinished, folder)
-    except BaseException:  # also Ctrl-C: what is not whole does not stay
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -214,15 +213,28 @@ def check_fit(ours: dict[str, Any], theirs: dict[str, Tensor], origin: str) -> N
         raise ValueError(f"{origin} does not fit the network: {listed}{more}")
 
 
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[None]:
+    """A folder to write in; what is not whole does not stay, and a full disk has its room back."""
+    try:
+        folder.mkdir(parents=True)
+        yield
+    except BaseException as error:  # also Ctrl-C
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, RuntimeError | SafetensorError):  # so the two libraries say it
+            raise OSError(str(error).splitlines()[0]) from error
+        raise
+
+
 def _seal(unfinished: Path, path: Path) -> None:
     """Add the checksums, flush to disk, and give the folder its name."""
     sums = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
     (unfinished / "manifest.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     for file in unfinished.iterdir():
-        _flush(file)
-    _flush(unfinished)
+        flush(file)
+    flush(unfinished)
     unfinished.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _models(state: State) -> dict[str, nn.Module]:
@@ -239,14 +251,3 @@ def _weights(model: nn.Module) -> Weights:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    if os.name == "nt":  # there, what is open for reading cannot be flushed
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

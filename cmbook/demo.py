@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmbook import experiment, plotting
+from cmbook import disk, experiment, plotting
 from cmbook.data import Digits, TensorData
 from cmbook.evaluation import frechet_distance, nearest_distance, precision_recall
 from cmbook.experiment import Experiment
@@ -250,6 +250,5 @@ def _write_report(path: Path, rows: list[Row], runs: tuple[Run, ...]) -> None:
         "record": runs[0].record,
         "rows": [vars(row) for row in rows],
     }
-    unfinished = path.with_name(".unfinished-report.json")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with disk.whole(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ This stands on floor 4, not 3: it reads recipes, and `experiment` lives here.
 """
 
 import csv
-import math
 import platform
 import shutil
 import signal
@@ -18,8 +17,8 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -30,20 +29,20 @@ import torch
 from torch import nn
 
 import cmbook
-from cmbook import checkpoints, doctor, experiment
+from cmbook import checkpoints, disk, doctor, experiment
 from cmbook.board import Board, summary_writer
-from cmbook.data import Data, fingerprint
+from cmbook.data import Data, endless, fingerprint
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.interop.foreign import skeleton
-from cmbook.losses import ProgressiveDistillation
+from cmbook.losses import ConsistencyTraining, ProgressiveDistillation
 from cmbook.networks import MLP, Network
 from cmbook.noise import PerImage, seeded
 from cmbook.parameterization import ConsistencyScalings, EDMScalings, Preconditioned
 from cmbook.processes import ALONE, Processes
-from cmbook.protocols import Denoiser, Generator, Labels, Samples
+from cmbook.protocols import Clock, Denoiser, Generator, Labels, Samples
 from cmbook.samplers import multistep, ode_sample, prior, progressive
-from cmbook.training import State, Step, check_shards, distilled, train
+from cmbook.training import Diverged, State, Step, check_shards, distilled, train
 
 LOG_EVERY = 50
 _STUDENTS = Path(str(files("cmbook") / "students"))
@@ -135,6 +134,7 @@ def run(
     folder: Path,
     *,
     resume: bool = False,
+    changed: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
     progress: bool = True,
@@ -151,6 +151,9 @@ def run(
         folder: Where; made if missing.
         resume: Go on from the last checkpoint. The end is bit for bit that of a run that was
             never interrupted (float32 on CPU, same number of threads).
+        changed: When resuming: go on although settings, data or teacher are others than before.
+            A note says which, and so does the record. What depends on k/K, the share of the steps
+            that are taken, is then counted anew.
         overwrite: Replace a run that is already there.
         device: Where to train.
         progress: Show a bar with loss and steps per second.
@@ -164,9 +167,12 @@ def run(
 
     Raises:
         ValueError: If the folder holds a run and neither `resume` nor `overwrite` is given, the
-            recipe to resume is another, the teacher is missing, a batch cannot be shared evenly,
-            or TensorBoard is asked for and not installed.
-        Interrupted: After Ctrl-C, once a checkpoint is on disk.
+            recipe to resume is another, another process is at work in the folder, the teacher is
+            missing, a batch cannot be shared evenly, there is no room for a checkpoint, or
+            TensorBoard is asked for and not installed.
+        Diverged: If a loss or gradient is not finite; once the state before it is on disk.
+        OSError: If the disk is full or cannot be written; the last checkpoint is still good.
+        Interrupted: After Ctrl-C, SIGTERM or SIGHUP, once a checkpoint is on disk.
 
     Source: ours.
     """
@@ -174,7 +180,9 @@ def run(
     teacher, device = recipe.teacher, processes.device or device
     again = processes.on_main(lambda: _look(parts, teacher, resume, overwrite, tensorboard))
     for (part, where), goes_on in zip(parts, again, strict=True):
-        done = _carry_out(part, where, goes_on, overwrite, device, progress, tensorboard, processes)
+        done = _carry_out(
+            part, where, goes_on, changed, overwrite, device, progress, tensorboard, processes
+        )
     return done
 
 
@@ -218,6 +226,7 @@ def _carry_out(
     recipe: Experiment,
     folder: Path,
     resume: bool,
+    changed: bool,
     overwrite: bool,
     device: str,
     progress: bool,
@@ -234,48 +243,64 @@ def _carry_out(
     optimizer = knobs.optimizer.build(student)
     state = State.begin(student, optimizer, recipe.objective, knobs.also_average)
     inputs = processes.on_main(lambda: _inputs(data, teacher))
-    last = processes.on_main(
-        lambda: _claim(folder, recipe, inputs, resume, overwrite, processes.count)
-    )
-    if last is not None:
-        checkpoints.restore(last, state)
-    if state.step == knobs.steps:  # nothing is left to do, nor to record
-        return load(folder, device)
-    text = processes.on_main(lambda: _record(folder, recipe, data, inputs, device, processes.count))
-    if processes.is_main:
-        _warn(doctor.warnings(recipe, data))
-    if teacher is not None:
-        teacher.to(device)
-        if knobs.teacher_precision == "bfloat16":
-            teacher.net.bfloat16()
-    if knobs.compile:
-        for model in (student, state.target, teacher):
-            if model is not None:
-                model.net.compile()  # in place: names of weights stay what they are
+    with ExitStack() as owned:
+        last, changes = processes.on_main(
+            lambda: _claim(
+                folder, recipe, inputs, resume, changed, overwrite, processes.count, owned
+            )
+        )
+        if last is not None:
+            checkpoints.restore(last, state)
+            for group, ours in zip(
+                optimizer.param_groups, knobs.optimizer.build(student).param_groups, strict=True
+            ):  # rates are the recipe's, moments the checkpoint's
+                group.update({name: knob for name, knob in ours.items() if name != "params"})
+        if state.step >= knobs.steps:  # nothing is left to do, nor to record
+            return load(folder, device)
+        processes.on_main(lambda: _check_room(folder, state))
+        text = processes.on_main(
+            lambda: _record(folder, recipe, data, inputs, changes, device, processes.count)
+        )
+        if processes.is_main:
+            _warn(doctor.warnings(recipe, data))
+        if teacher is not None:
+            teacher.to(device)
+            if knobs.teacher_precision == "bfloat16":
+                teacher.net.bfloat16()
+        if knobs.compile:
+            for model in (student, state.target, teacher):
+                if model is not None:
+                    model.net.compile()  # in place: names of weights stay what they are
 
-    batches = data.batches(knobs.batch_size, recipe.seed, start=state.step)
-    steps = train(
-        student,
-        batches,
-        recipe.objective,
-        steps=knobs.steps,
-        optimizer=optimizer,
-        teacher=_guided(teacher, recipe.guidance),
-        average_decay=knobs.average_decay,
-        also_average=knobs.also_average,
-        learning_rate=knobs.learning_rate,
-        accumulation=knobs.accumulation,
-        clip=knobs.clip,
-        precision=knobs.precision,
-        seed=recipe.seed,
-        state=state,
-        processes=processes,
-    )
-    tensorboard, progress = tensorboard and processes.is_main, progress and processes.is_main
-    shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
-    with shown as board:
-        _follow(steps, state, recipe, folder, text, progress, board, processes)
-    return load(folder, device)
+        batches = data.batches(knobs.batch_size, recipe.seed, start=state.step)
+        steps = train(
+            student,
+            batches,
+            recipe.objective,
+            steps=knobs.steps,
+            optimizer=optimizer,
+            teacher=_guided(teacher, recipe.guidance),
+            average_decay=knobs.average_decay,
+            also_average=knobs.also_average,
+            learning_rate=knobs.learning_rate,
+            accumulation=knobs.accumulation,
+            clip=knobs.clip,
+            precision=knobs.precision,
+            seed=recipe.seed,
+            state=state,
+            processes=processes,
+        )
+        tensorboard, progress = tensorboard and processes.is_main, progress and processes.is_main
+        shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
+        with shown as board:
+            try:
+                _follow(steps, state, recipe, folder, text, progress, board, processes)
+            except Diverged as stop:
+                kept = processes.on_main(lambda: _keep(state, folder, text))
+                raise Diverged(
+                    f"{stop}{_named(stop, data, recipe)}. {kept}", stop.step, stop.sample
+                ) from stop
+        return load(folder, device)
 
 
 def _follow(
@@ -291,7 +316,7 @@ def _follow(
     """Take the steps; log, save, show a bar, and stop after a step if the user asks."""
     knobs = recipe.training
     log = _Log(folder / "log.csv", state.step) if processes.is_main else None
-    bar, patience = _bar(recipe, folder, state.step, progress), _patience(processes.count > 1)
+    bar, patience = _bar(recipe, folder, state.step, progress), _patience()
     watch = doctor.Watch()
     with bar, patience as stopped:
         for step in steps:
@@ -303,7 +328,6 @@ def _follow(
                     row = log.write(step, state.step * knobs.batch_size)
                     _warn(watch(row["gradient_norm"]))
                     bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
-                    _check_finite(row["loss"], state.student, state.step, folder)
                     if board is not None:
                         board.scalars(state.step, row)
             bar.update()
@@ -316,7 +340,20 @@ def _follow(
 
 
 def _save(state: State, recipe: Experiment, folder: Path, text: str, board: Board | None) -> None:
-    checkpoints.save(folder / "checkpoints", state, text)
+    if not _is_finite(state):  # must not replace what is good
+        raise Diverged(
+            f"training has diverged: after step {state.step} its weights are not all finite. "
+            f"{_last_good(folder)}",
+            state.step - 1,
+            None,
+        )
+    try:
+        checkpoints.save(folder / "checkpoints", state, text)
+    except OSError as error:
+        raise OSError(
+            f"step {state.step} of {folder} could not be saved: {error.strerror or error}. "
+            f"{_last_good(folder)}"
+        ) from error
     if board is not None:
         _show(board, state, recipe, folder, text)
 
@@ -533,20 +570,29 @@ def _claim(
     recipe: Experiment,
     inputs: dict[str, str],
     resume: bool,
+    changed: bool,
     overwrite: bool,
     processes: int,
-) -> Path | None:
-    """Make sure that no run is lost by writing into this folder; return where to go on."""
+    owned: ExitStack,
+) -> tuple[Path | None, list[str]]:
+    """Make sure that no run is lost by writing into this folder; say where to go on, and how else.
+
+    Returns:
+        The last checkpoint, and what is another than in the run so far, if that is allowed.
+    """
     there, saved = folder / "experiment.toml", folder / "checkpoints"
     _check_folder(folder, recipe.teacher, resume, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    owned.enter_context(disk.owned(folder))
+    _check_folder(folder, recipe.teacher, resume, overwrite)  # nothing was begun meanwhile
+    found, changes = checkpoints.checkpoints(saved), []
     if resume:
-        _check_same(folder, there, recipe, inputs, processes)
+        step = int(found[-1].name.removeprefix("step-")) if found else 0
+        changes = _check_same(folder, there, recipe, inputs, processes, step, changed)
     elif overwrite:
         for path in (saved, folder / "tensorboard", folder / "log.csv", there):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = checkpoints.checkpoints(saved)
-    return found[-1] if resume and found else None
+    return (found[-1] if resume and found else None), changes
 
 
 def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bool) -> None:
@@ -570,9 +616,19 @@ def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bo
 
 
 def _check_same(
-    folder: Path, there: Path, recipe: Experiment, inputs: dict[str, str], processes: int
-) -> None:
-    """Refuse to go on with a run that was made from another recipe, other data or teacher."""
+    folder: Path,
+    there: Path,
+    recipe: Experiment,
+    inputs: dict[str, str],
+    processes: int,
+    step: int,
+    changed: bool,
+) -> list[str]:
+    """What is another than in the run so far: all that ever was, as the record tells it.
+
+    Raises:
+        ValueError: If anything is, and that is not allowed.
+    """
     if not there.is_file():
         raise ValueError(f"there is no run to resume in {folder}; leave out --resume")
     before, record = _recorded(there)
@@ -580,18 +636,60 @@ def _check_same(
     if old == new:
         before = replace(before, teacher=recipe.teacher)  # one folder may have two names
     before = _shared_anew(folder, before, recipe, record.get("processes", 1), processes)
-    if before != recipe:
+    told = [str(line) for line in record.get("changes", [])]
+    changes = _differences(before, recipe)
+    if changes and not changed:
         raise ValueError(
-            f"the recipe of {folder} is another one than this: {_difference(before, recipe)}. "
-            "Resume with the settings it was started with, or choose another --out"
+            f"the recipe of {folder} is another one than this: {', '.join(changes)}. "
+            "Resume with the settings it was started with, go on with these by --changed, or "
+            "choose another --out"
         )
-    for name, found in inputs.items():
-        if record.get(name) != found:
-            what = {"data_sha256": "other data", "teacher_sha256": "another teacher"}[name]
+    what = {"data_sha256": "other data", "teacher_sha256": "another teacher"}
+    for name in [name for name, found in inputs.items() if record.get(name) != found]:
+        if not changed:
             raise ValueError(
-                f"{folder} was made from {what} than this; --overwrite makes it anew, --out names "
-                "another folder"
+                f"{folder} was made from {what[name]} than this; --changed goes on with this, "
+                "--overwrite makes it anew, --out names another folder"
             )
+        changes.append(what[name])
+    if not changes:
+        return told
+    if step >= recipe.training.steps:
+        raise ValueError(
+            f"{folder} has taken {step} steps, and this recipe wants {recipe.training.steps}; "
+            "raise training.steps, or choose another --out"
+        )
+    line = f"from step {step} on: {', '.join(changes)}"
+    _warn([line, *_rescaled(before, recipe, step)])
+    return [*told, line]
+
+
+def _rescaled(before: Experiment, after: Experiment, step: int) -> list[str]:
+    """What jumps because it is a function of k/K, in a line."""
+    old, new = (
+        ({}, {})
+        if before.training.steps == after.training.steps
+        else (
+            _schedule(recipe, Clock(min(step, recipe.training.steps - 1), recipe.training.steps))
+            for recipe in (before, after)
+        )
+    )
+    moved = [
+        f"{name} was {old[name]:.4g}, now {new[name]:.4g}"
+        for name in old
+        if name in new and old[name] != new[name]
+    ]
+    return (
+        [f"schedules are functions of k/K, and K is another: {', '.join(moved)}"] if moved else []
+    )
+
+
+def _schedule(recipe: Experiment, clock: Clock) -> dict[str, float]:
+    found = {"the learning rate": recipe.training.learning_rate(clock)}
+    if isinstance(recipe.objective, ConsistencyTraining):
+        curriculum = recipe.objective.curriculum
+        found |= {"N": curriculum.levels_at(clock), "mu": curriculum.decay_at(clock)}
+    return found
 
 
 def _shared_anew(
@@ -631,10 +729,10 @@ def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
     raise ValueError(f"{path} holds no [record] of shape, classes and data: was it edited?")
 
 
-def _difference(before: Experiment, after: Experiment) -> str:
+def _differences(before: Experiment, after: Experiment) -> list[str]:
     old, new = (_flat(tomllib.loads(experiment.dumps(e))) for e in (before, after))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -660,6 +758,7 @@ def _record(
     recipe: Experiment,
     data: Data,
     inputs: dict[str, str],
+    changes: list[str],
     device: str,
     processes: int,
 ) -> str:
@@ -676,12 +775,11 @@ def _record(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **({"changes": changes} if changes else {}),
     }
-    path = folder / "experiment.toml"
-    unfinished = path.with_suffix(".unfinished")
     text = f"{experiment.dumps(recipe)}\n{tomli_w.dumps({'record': record})}"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with disk.whole(folder / "experiment.toml") as path:
+        path.write_text(text, encoding="utf-8")
     return text
 
 
@@ -699,15 +797,46 @@ def _warn(said: list[str]) -> None:
         print(f"note: {line}", file=sys.stderr)
 
 
-def _check_finite(loss: float, student: nn.Module, step: int, folder: Path) -> None:
-    """Before each save: what has diverged must not replace a good checkpoint."""
-    what = "loss" if not math.isfinite(loss) else "student"
-    if what == "loss" or not all(bool(p.isfinite().all()) for p in student.parameters()):
-        good = checkpoints.checkpoints(folder / "checkpoints")
-        last = f"{good[-1]} is still good" if good else "there is no checkpoint yet"
+def _keep(state: State, folder: Path, text: str) -> str:
+    """Save what a step that was not taken has left as it was; say what to do."""
+    if state.step > 0 and _is_finite(state):
+        checkpoints.save(folder / "checkpoints", state, text)
+    return _last_good(folder)
+
+
+def _is_finite(state: State) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in state.tensors)
+
+
+def _last_good(folder: Path) -> str:
+    """What a run that cannot go on leaves."""
+    good = checkpoints.checkpoints(folder / "checkpoints")
+    if not good:
+        return "There is no checkpoint yet"
+    return f"{good[-1]} is good"
+
+
+def _named(stop: Diverged, data: Data, recipe: Experiment) -> str:
+    """Which sample of the data it was, and whether it is itself at fault."""
+    if stop.sample is None:
+        return ""
+    size, seed = recipe.training.batch_size, recipe.seed
+    name = ""
+    if isinstance(data, Sized):
+        number = int(next(endless(len(data), size, seed, stop.step))[stop.sample])
+        name = f", number {number} of the data"
+    x = next(data.batches(size, seed, stop.step)).x[stop.sample]
+    return name if bool(x.isfinite().all()) else f"{name}, which is itself not finite"
+
+
+def _check_room(folder: Path, state: State) -> None:
+    """Refuse to begin what cannot be saved."""
+    moments = 2 * sum(p.nbytes for p in state.student.parameters())
+    needed, free = sum(t.nbytes for t in state.tensors) + moments, shutil.disk_usage(folder).free
+    if free < needed:
         raise ValueError(
-            f"training has diverged: at step {step} the {what} is no longer finite; {last}. "
-            "A smaller training.optimizer.lr may help"
+            f"a checkpoint of this run takes {needed / 1e9:.3g} GB, and the disk of {folder} has "
+            f"{free / 1e9:.3g} GB left; make room, or choose another --out"
         )
 
 
@@ -722,7 +851,9 @@ class _Log:
         rows = [row for row in rows if _is_whole(row, len(head))]
         if step is not None:  # what came after the checkpoint is written again
             rows = [row + [""] * (len(_HEAD) - len(row)) for row in rows if int(row[0]) <= step]
-            path.write_text("".join(f"{','.join(r)}\n" for r in [_HEAD, *rows]), encoding="utf-8")
+            lines = "".join(f"{','.join(row)}\n" for row in [_HEAD, *rows])
+            with disk.whole(path) as unfinished:
+                unfinished.write_text(lines, encoding="utf-8")
         self.seconds = float(rows[-1][2]) if rows else 0.0
         self.started = time.perf_counter() - self.seconds
 
@@ -764,17 +895,19 @@ def _bar(recipe: Experiment, folder: Path, done: int, progress: bool) -> Any:
 
 
 @contextmanager
-def _patience(together: bool) -> Iterator[threading.Event]:
+def _patience() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into a request to stop after this step; the second stops at once.
 
-    Of several processes, what stops them all may be SIGTERM: that is then such a request, too.
+    So do SIGTERM, which schedulers send before they kill, and SIGHUP of a terminal that closes,
+    unless `nohup` has turned that off.
     """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    numbers = (signal.SIGINT, signal.SIGTERM) if together else (signal.SIGINT,)
-    before = {number: signal.getsignal(number) for number in numbers}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -784,7 +917,7 @@ def _patience(together: bool) -> Iterator[threading.Event]:
         stopped.set()
         restore()
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield stopped

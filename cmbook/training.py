@@ -74,6 +74,21 @@ class State:
         return [tensor for each in both for tensor in each]
 
 
+class Diverged(ValueError):
+    """A loss or gradient is no longer finite; the step was not taken, and the state is as before.
+
+    Attributes:
+        step: The number of the step, from 0.
+        sample: Of its batch, the first whose loss is not finite; `None` if all are.
+
+    Source: ours.
+    """
+
+    def __init__(self, message: str, step: int, sample: int | None) -> None:
+        super().__init__(message)
+        self.step, self.sample = step, sample
+
+
 @dataclass(frozen=True)
 class Step:
     """What `train` yields after each step; valid until the next.
@@ -152,6 +167,8 @@ def train(
     Raises:
         ValueError: If two noise ranges disagree, `steps` or another knob is out of range, a batch
             cannot be cut into equal shards, or the batches end.
+        Diverged: If a loss or gradient is not finite, before it reaches a weight. Naming the
+            sample and its sigma.
 
     Source: Song et al. (2023), Algorithms 2 and 3: the loop around the loss.
     """
@@ -189,7 +206,8 @@ def train(
             (loss.value / shards).backward()
             losses.append(loss.detach())
         processes.add([p.grad for p in student.parameters() if p.grad is not None])
-        norm = _clipped(student, clip)
+        loss, norm = _joined(losses, processes), _clipped(student, clip)
+        _check_finite(loss, norm, clock)  # a GPU is waited for here, once a step
         optimizer.step()
         if state.target is not None:
             blend(state.target, student, objective.target_decay(clock))  # θ⁻ ← μ θ⁻ + (1 - μ) θ
@@ -197,7 +215,6 @@ def train(
         for decay, average in state.averages.items():
             blend(average, student, decay)
         state.step += 1
-        loss = _joined(losses, processes)
         yield Step(clock, loss, state, norm, optimizer.param_groups[0]["lr"])
 
 
@@ -378,6 +395,18 @@ def _joined(losses: list[Loss], processes: Processes) -> Loss:
         for name in ("per_sample", "sigma")
     )
     return Loss(value, per_sample, sigma)
+
+
+def _check_finite(loss: Loss, norm: Tensor, clock: Clock) -> None:
+    """Refuse a step that would ruin every weight."""
+    if bool((loss.value + norm).isfinite()):
+        return
+    at, wrong = f"training has diverged in step {clock.step + 1}", ~loss.per_sample.isfinite()
+    if not bool(wrong.any()):
+        raise Diverged(f"{at}: its losses are finite, its gradient is not", clock.step, None)
+    i = int(wrong.int().argmax())
+    told = f"the loss of sample {i} of its batch is {float(loss.per_sample[i])}"
+    raise Diverged(f"{at}: {told}, at sigma {float(loss.sigma[i]):.4g}", clock.step, i)
 
 
 def _clipped(student: nn.Module, clip: float | None) -> Tensor:

@@ -40,7 +40,7 @@ FLOORS_0_TO_2 = [
 ABOVE = [
     *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
     *["data.prepare", "data.inspect", "data.fetch"],
-    *["training", "processes", "checkpoints", "evaluation", "clouds", "features", "references"],
+    *["training", "processes", "checkpoints", "disk", "evaluation", "clouds", "features", "references"],
     *[
         f"interop.{name}"
         for name in (

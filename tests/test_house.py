@@ -16,7 +16,7 @@ FLOORS = {
     1: {"parameterization", "networks", "perceptual"},
     2: {"losses", "samplers", "editing"},
     3: {
-        *["data", "training", "checkpoints", "evaluation", "clouds", "features", "references"],
+        *["data", "training", "checkpoints", "disk", "evaluation", "clouds", "features", "references"],
         "processes",
     },
     4: {
@@ -43,7 +43,7 @@ STANDARD = {
     "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
     "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
     "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
-    "shlex", "shutil", "signal", "statistics", "struct", "sys", "tarfile", "threading", "time",
+    "shlex", "shutil", "signal", "socket", "statistics", "struct", "sys", "tarfile", "threading", "time",
     "tomllib", "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))

@@ -92,6 +92,9 @@ class TensorData:
         self.shape = tuple(x.shape[1:])
         self._held_out = held_out
 
+    def __len__(self) -> int:
+        return len(self.x)
+
     def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Batches without end: every epoch is a new order of all samples.
 
