@@ -40,7 +40,16 @@ FLOORS_0_TO_2 = [
 ABOVE = [
     *[f"data.{name}" for name in ("tensors", "worlds", "digits", "glyphs", "images", "readers")],
     *["data.prepare", "data.inspect", "data.fetch"],
-    *["training", "processes", "checkpoints", "disk", "evaluation", "clouds", "features", "references"],
+    *[
+        "training",
+        "processes",
+        "checkpoints",
+        "disk",
+        "evaluation",
+        "clouds",
+        "features",
+        "references",
+    ],
     *[
         f"interop.{name}"
         for name in (
@@ -186,7 +195,17 @@ def test_the_code_of_a_page_runs(blocks, tmp_path, monkeypatch):
 
 
 def test_the_page_of_a_command_shows_its_help():
-    commands = ["demo", "train", "doctor", "sample", "edit", "evaluate", "compare", "export", "configs"]
+    commands = [
+        "demo",
+        "train",
+        "doctor",
+        "sample",
+        "edit",
+        "evaluate",
+        "compare",
+        "export",
+        "configs",
+    ]
     commands += ["data get", "data check", "data reference", "data export-lsun", "notebooks"]
     for command in commands:
         assert f"<!-- help: {command} -->" in API

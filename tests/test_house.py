@@ -16,7 +16,16 @@ FLOORS = {
     1: {"parameterization", "networks", "perceptual"},
     2: {"losses", "samplers", "editing"},
     3: {
-        *["data", "training", "checkpoints", "disk", "evaluation", "clouds", "features", "references"],
+        *[
+            "data",
+            "training",
+            "checkpoints",
+            "disk",
+            "evaluation",
+            "clouds",
+            "features",
+            "references",
+        ],
         "processes",
     },
     4: {
@@ -43,8 +52,8 @@ STANDARD = {
     "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
     "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
     "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
-    "shlex", "shutil", "signal", "socket", "statistics", "struct", "sys", "tarfile", "threading", "time",
-    "tomllib", "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
+    "shlex", "shutil", "signal", "socket", "statistics", "struct", "sys", "tarfile", "threading",
+    "time", "tomllib", "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
