@@ -186,7 +186,7 @@ def train(
     device = next(student.parameters()).device
     target = frozen_view(student) if state.target is None else state.target
     models = Models(student, target, teacher)
-    shards = accumulation * processes.count
+    shards, parameters = accumulation * processes.count, [*student.parameters()]
     processes.copy(state.tensors)
     student.train()
     while state.step < steps:
@@ -205,8 +205,8 @@ def train(
                 loss = objective(models, shard, clock=clock, generator=generator)
             (loss.value / shards).backward()
             losses.append(loss.detach())
-        processes.add([p.grad for p in student.parameters() if p.grad is not None])
-        loss, norm = _joined(losses, processes), _clipped(student, clip)
+        processes.add([p.grad for p in parameters if p.grad is not None])
+        loss, norm = _joined(losses, processes), _clipped(parameters, clip)
         _check_finite(loss, norm, clock)  # a GPU is waited for here, once a step
         optimizer.step()
         if state.target is not None:
@@ -409,9 +409,9 @@ def _check_finite(loss: Loss, norm: Tensor, clock: Clock) -> None:
     raise Diverged(f"{at}: {told}, at sigma {float(loss.sigma[i]):.4g}", clock.step, i)
 
 
-def _clipped(student: nn.Module, clip: float | None) -> Tensor:
+def _clipped(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
     """The norm of the gradient, which is then shortened to `clip`."""
-    norm = nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:
-        nn.utils.clip_grads_with_norm_(student.parameters(), clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return norm
