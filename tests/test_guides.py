@@ -51,6 +51,8 @@ while True:
         talk.close()
         continue
     told, streams, *_ = socket.recv_fds(talk, 1 << 20, 3)
+    if not told:  # somebody has asked whether this is ready
+        os._exit(0)
     arguments, folder, environment = json.loads(told)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
