@@ -157,8 +157,12 @@ class Reader:
 
     def python(self, text: str) -> str:
         said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.chdir(self.folder):
-            exec(compile(text, "<block>", "exec"), self.names)
+        sys.path.insert(0, str(self.folder))  # for the files that the page has written
+        try:
+            with contextlib.redirect_stdout(said), contextlib.chdir(self.folder):
+                exec(compile(text, "<block>", "exec"), self.names)
+        finally:
+            sys.path.remove(str(self.folder))
         return said.getvalue()
 
     def bash(self, text: str) -> str:
@@ -182,6 +186,7 @@ def environment_of(folder: Path) -> dict[str, str]:
         "MPLBACKEND": "Agg",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
+        "CMBOOK_CACHE": str(folder / "cache"),
     }
 
 
@@ -271,7 +276,7 @@ def parse_command(arguments: list[str]) -> None:
     )
     if isinstance(command, line.Official):
         assert command.name in official.OFFICIAL
-    if isinstance(command, line.Train) and not command.recipe.endswith(".toml"):
+    if isinstance(command, line.Train | line.Estimate) and not command.recipe.endswith(".toml"):
         recipe = experiment.loads(experiment.recipe_text(command.recipe), command.settings)
         if recipe.network is not None:
             assert skeleton(recipe.network, (3, 64, 64), None) is not None
@@ -297,9 +302,16 @@ def test_a_file_of_a_guide_is_used(page):
     blocks = PAGES[page]
     for place, block in enumerate(blocks):
         if block.file:
-            name = Path(block.file)
-            later = [other.text for other in blocks[place + 1 :]]
-            assert any(name.name in text or name.stem in text for text in later), block.file
+            path = Path(block.file)
+            called = f"-m {path.parent}" if path.stem == "__main__" else path.stem
+            later = "\n".join(other.text for other in blocks[place + 1 :])
+            assert called in later, f"{block.file} is written and not used"
+
+
+def test_what_is_added_from_outside_takes_less_than_forty_lines_each():
+    files = [block for block in PAGES["extend"] if (block.file or "").endswith(".py")]
+    assert {Path(block.file).stem for block in files} > {"method", "distance", "data"}
+    assert all(len(block.text.splitlines()) < 40 for block in files)
 
 
 def test_every_guide_is_in_the_navigation_of_the_site():
