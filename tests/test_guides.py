@@ -178,7 +178,10 @@ class Reader:
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """That of a shell in which `cmbook` is the package of this checkout."""
+    """That of a shell in which `cmbook` is the package of this checkout, and a port is free."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | {
         "PATH": path,
@@ -187,6 +190,7 @@ def environment_of(folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
         "CMBOOK_CACHE": str(folder / "cache"),
+        "FREE_PORT": port,
     }
 
 
