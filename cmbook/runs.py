@@ -131,7 +131,7 @@ class Run:
 
 def run(
     recipe: Experiment,
-    folder: Path,
+    folder: Path | str,
     *,
     resume: bool = False,
     changed: bool = False,
@@ -440,7 +440,7 @@ def _average(folder: Path, recipe: Experiment, wanted: float | None) -> tuple[fl
     return wanted, f"average-{wanted}"
 
 
-def export(made: Run, folder: Path, *, half: bool = False) -> Path:
+def export(made: Run, folder: Path | str, *, half: bool = False) -> Path:
     """Write the model of a run alone: weights, recipe and record, to share or to keep.
 
     Of several averages it is the one that was loaded, and the recipe is that of a run with this

@@ -717,6 +717,10 @@ def test_an_exported_model_can_teach(labelled, tmp_path):
     assert run(guided_cd(folder), tmp_path / "run", progress=False).finished
 
 
+def test_the_folder_of_an_export_may_be_a_string(finished, tmp_path):
+    assert export(load(finished), str(tmp_path / "shared")) == tmp_path / "shared"
+
+
 def test_an_export_replaces_nothing(finished, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists already; name another folder"):
