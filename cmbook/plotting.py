@@ -29,6 +29,7 @@ from cmbook.networks.blocks import Attention
 from cmbook.oracle import DistanceToTruth
 from cmbook.protocols import Path as Path_
 from cmbook.protocols import Samples
+from cmbook.references import replacing
 
 DATA, TRUTH, TEACHER, CD, CT = "#888888", "#000000", "#0072B2", "#D55E00", "#009E73"
 ENDS, BLOCK, RESAMPLE, ATTENTION, BRIDGE = "#333333", "#9FB4C7", "#E69F00", "#CC79A7", "#56B4E9"
@@ -125,10 +126,8 @@ class Film:
 
     def save(self, path: Path) -> None:
         """Write the GIF; an older file is replaced only by a whole one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        unfinished.write_bytes(self.gif)
-        unfinished.replace(path)
+        with replacing(path) as file:
+            file.write(self.gif)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, str]:
         return {"image/gif": b64encode(self.gif).decode(), "text/plain": repr(self)}
@@ -309,10 +308,8 @@ def save(figure: Figure, path: Path) -> None:
 
     Source: ours.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    figure.savefig(unfinished, format=path.suffix.lstrip(".") or "png")
-    unfinished.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
 
 
 @dataclass(frozen=True)

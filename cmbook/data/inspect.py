@@ -107,8 +107,7 @@ def check(
 
     Source: ours.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    prepare.check_size(size)
     found, _ = readers.find(path)
     n = len(found.names) if isinstance(found, Pictures) else len(found.rows)
     tally = _Tally(every=max(1, n // max(sheet, 1)), room=sheet)

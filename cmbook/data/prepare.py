@@ -8,6 +8,7 @@ short side fits, crop the center.
 import hashlib
 import io
 import json
+import math
 import os
 import warnings
 import zipfile
@@ -30,6 +31,20 @@ if TYPE_CHECKING:
 CHUNK = 128  # pictures between two marks that a killed preparation goes on from
 LARGEST = 100_000_000  # pixels of one picture
 Channels = int | None  # 1, 3, or whatever is there
+
+
+def check_size(size: int | None) -> None:
+    """Refuse a side that no picture can have.
+
+    Raises:
+        ValueError: Saying so.
+
+    Source: ours.
+    """
+    if size is not None and not 1 <= size <= math.isqrt(LARGEST):
+        raise ValueError(
+            f"size must be at least 1 pixel, at most {math.isqrt(LARGEST):,}; got {size}"
+        )
 
 
 def center_crop(picture: "Image.Image", size: int) -> "Image.Image":
