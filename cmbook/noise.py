@@ -49,7 +49,8 @@ class NoiseRange:
         sizes = (self.sigma_min, self.sigma_max, self.sigma_data)
         if not 1 / FAR <= min(sizes) <= max(sizes) <= FAR or self.rho > 1000:
             raise ValueError(
-                f"noise levels must lie in {1 / FAR:g} ... {FAR:g}, and rho in 0.1 ... 1000; got {self}"
+                f"noise levels must lie in {1 / FAR:g} ... {FAR:g}, and rho in 0.1 ... 1000; "
+                f"got {self}"
             )
 
     def grid(self, levels: int) -> Grid:

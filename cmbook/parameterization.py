@@ -148,10 +148,10 @@ class VPScalings:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        betas = 0 < self.beta_d < math.inf and 0 <= self.beta_min < math.inf
-        if not (betas and 0 < self.epsilon_t < 1):
+        betas = self.beta_d > 0 and self.beta_min >= 0 and self.beta_d / 2 + self.beta_min < 700
+        if not (betas and 0 < self.epsilon_t < 1):  # 700: beyond, σ(1) is no number
             raise ValueError(
-                "expected beta_d > 0, beta_min >= 0 and 0 < epsilon_t < 1; got "
+                "expected beta_d > 0, beta_min >= 0, below 700, and 0 < epsilon_t < 1; got "
                 f"{self.beta_d}, {self.beta_min} and {self.epsilon_t}"
             )
         if self.steps < 2:

@@ -33,6 +33,7 @@ import cmbook
 from cmbook import checkpoints, doctor, experiment
 from cmbook.board import Board, summary_writer
 from cmbook.data import Data, fingerprint
+from cmbook.data.readers import MOST_CLASSES
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.interop.foreign import skeleton
@@ -626,7 +627,8 @@ def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
     match record:
         case {"shape": [*sides], "classes": int(), "data_sha256": str()} if recipe.network:
             numbers = (*sides, record.get("processes", 1))
-            if all(type(number) is int for number in numbers):
+            whole = all(type(number) is int and 0 < number < 2**31 for number in numbers)
+            if whole and sides and 0 <= record["classes"] <= MOST_CLASSES:
                 return recipe, record
     raise ValueError(f"{path} holds no [record] of shape, classes and data: was it edited?")
 

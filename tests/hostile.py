@@ -1,15 +1,25 @@
-"""Hostile input: mutations of good files, each a function of its seed, and guards against excess."""
+"""Hostile input: mutations of good files, each a function of its seed; guards against excess."""
 
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
 import random
 import resource
 import signal
 import string
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import tomli_w
+import torch
 
 SECONDS = 20  # that one file may take; what hangs, takes longer
 ROOM = 2 << 30  # bytes of address space that one file may take
@@ -193,5 +203,209 @@ def failures(cases: Any, check: Callable[[Any], None]) -> list[str]:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            found.append(f"{case}: {type(error).__name__}: {str(error)[:200]}")
+            frames = traceback.extract_tb(error.__traceback__)
+            at = next((f for f in reversed(frames) if "/cmbook/" in f.filename), frames[-1])
+            where = f"{Path(at.filename).name}:{at.lineno}"
+            found.append(f"{case}: {type(error).__name__} at {where}: {str(error)[:300]}")
     return found
+
+
+# checkpoints
+
+
+def checkpoint(path: Path, draw: random.Random) -> str:
+    """Spoil a checkpoint, by accident or on purpose; says how."""
+    files = sorted(file.name for file in path.iterdir() if file.name != "manifest.json")
+    name = draw.choice(files)
+    how = draw.choice(list(SPOILS))
+    SPOILS[how](path, name, draw)
+    sealed = how != "manifest" and draw.random() < 0.8
+    if sealed:
+        seal(path)
+    return f"{how} of {name}{', sealed again' if sealed else ''}"
+
+
+def seal(path: Path) -> None:
+    """The manifest of whatever files are there: an attacker can count, too."""
+    files = [file for file in path.iterdir() if file.is_file() and file.stat().st_size < 1 << 24]
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
+    sums.pop("manifest.json", None)
+    (path / "manifest.json").unlink(missing_ok=True)
+    (path / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
+
+
+def _damage(path: Path, name: str, draw: random.Random) -> None:
+    file = path / name
+    file.write_bytes(damaged(file.read_bytes(), draw))
+
+
+def _swap(path: Path, name: str, draw: random.Random) -> None:
+    other = draw.choice(sorted(file.name for file in path.iterdir()))
+    (path / name).write_bytes((path / other).read_bytes())
+
+
+def _manifest(path: Path, name: str, draw: random.Random) -> None:
+    file = path / "manifest.json"
+    sums = json.loads(file.read_text(encoding="utf-8"))
+    odd = draw.choice([*ODD, "0" * 64, {"a": 1}, "../../x", "/etc/passwd", f"../{name}"])
+    how = draw.randrange(5)
+    if how == 0:
+        sums[str(odd)] = sums.pop(name, "")
+    elif how == 1:
+        sums[name] = odd
+    elif how == 2:
+        sums = odd
+    text = json.dumps(sums)
+    text = "[" * 100_000 if how == 3 else text
+    file.write_bytes(damaged(text.encode(), draw) if how == 4 else text.encode())
+
+
+def _recipe(path: Path, name: str, draw: random.Random) -> None:
+    file = path / "experiment.toml"
+    text = file.read_text(encoding="utf-8")
+    record = tomllib.loads(text)["record"]
+    if draw.random() < 0.5:  # the record alone
+        rest = text.partition("[record]")[0]
+        lies = [
+            [],
+            [0],
+            [-1],
+            [2**40],
+            [2] * 300,
+            [1, 10**6, 10**6],
+            [8, 8],
+            [True],
+            ["8"],
+            [2**63],
+        ]
+        key = draw.choice([*record, "step", "shape", "classes"])
+        record[key] = draw.choice([*lies, *ODD] if key == "shape" else ODD)
+        file.write_text(f"{rest}\n{tomli_w.dumps({'record': record})}", encoding="utf-8")
+    else:
+        file.write_bytes(recipe(text, draw))
+
+
+def _tensors(path: Path, name: str, draw: random.Random) -> None:
+    """Safetensors of other names, shapes, types and numbers, or with a lying header."""
+    file = path / draw.choice(["average.safetensors", "student.safetensors"])
+    if not file.is_file():
+        return
+    weights = safetensors.torch.load_file(file)
+    first = draw.choice(sorted(weights))
+    how = draw.randrange(9)
+    if how == 0:
+        weights[first] = weights[first][..., :1].contiguous()
+    elif how == 1:
+        types = [
+            torch.float64,
+            torch.int8,
+            torch.bool,
+            torch.bfloat16,
+            torch.complex64,
+            torch.uint64,
+        ]
+        weights[first] = torch.zeros(weights[first].shape).to(draw.choice(types))
+    elif how == 2:
+        weights[first] = torch.full_like(weights[first], draw.choice([1e38, math.nan, math.inf]))
+    elif how == 3:
+        weights[draw.choice(["", "a\nb", "é" * 300, f"{first}x"])] = weights.pop(first)
+    elif how == 4:
+        weights = draw.choice([{}, {"x": torch.zeros(0)}, weights | {"more": torch.zeros(3)}])
+    safetensors.torch.save_file(weights, file)
+    if how > 4:
+        raw = file.read_bytes()
+        n = int.from_bytes(raw[:8], "little")
+        head = json.loads(raw[8 : 8 + n])
+        entry = head[draw.choice(sorted(set(head) - {"__metadata__"}))]
+        if how == 5:
+            entry["data_offsets"] = draw.choice([[0, 2**62], [4, 0], [-1, 3], [], ["a", 1], [0, 4]])
+        elif how == 6:
+            entry["shape"] = draw.choice([[2**62], [-1], [], [1e308], [2**31, 2**31], ["a"], None])
+        elif how == 7:
+            entry["dtype"] = draw.choice(["F99", "", None, 3, "F64", "I8"])
+        text = json.dumps(head).encode() if how < 8 else b"{" * 5000
+        size = draw.choice([len(text), len(text), 0, 2**63, 10**9]) if how == 8 else len(text)
+        file.write_bytes(size.to_bytes(8, "little") + text + raw[8 + n :])
+
+
+def _state(path: Path, name: str, draw: random.Random) -> None:
+    """What an optimizer's file may hold instead."""
+    file = path / "state.pt"
+    if not file.is_file():
+        return
+    saved = torch.load(file, weights_only=True)
+    moments, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+    first = next(iter(moments), None)
+    how = draw.randrange(9)
+    if how == 0:
+        saved = draw.choice([None, 3, [], {}, "x", torch.zeros(3), {"step": 1}, {"optimizer": {}}])
+    elif how == 1:
+        saved["step"] = draw.choice([*ODD, torch.zeros(2), None])
+    elif how == 2 and first is not None:
+        moments[first]["exp_avg"] = draw.choice([torch.zeros(3), 3, None, "x", torch.zeros(2**20)])
+    elif how == 3 and first is not None:
+        moments[draw.choice([99, -1, "a"])] = moments.pop(first)
+    elif how == 4 and first is not None:
+        moments[first]["step"] = draw.choice([*ODD, torch.tensor(math.nan), torch.zeros(3)])
+    elif how == 5:
+        groups[0][draw.choice(["lr", "betas", "params", "eps", "foreach"])] = draw.choice(ODD)
+    elif how == 6:
+        saved["optimizer"]["param_groups"] = draw.choice([[], groups * 2, None, 3, [{}]])
+    elif how == 7:
+        file.write_bytes(pickle.dumps(saved["step"], draw.randrange(6)))
+        return
+    else:
+        file.write_bytes(draw.choice([code(path / "RAN"), zipped(path / "RAN")]))
+        return
+    torch.save(saved, file, _use_new_zipfile_serialization=draw.random() < 0.8)
+
+
+def _place(path: Path, name: str, draw: random.Random) -> None:
+    """Something that is no plain file, in the place of one."""
+    file = path / draw.choice([name, name, "manifest.json"])
+    file.unlink()
+    how = draw.randrange(7)
+    if how == 0:
+        file.mkdir()
+    elif how == 1:
+        os.mkfifo(file)
+    elif how == 2:
+        file.write_bytes(b"")
+    elif how < 6:
+        file.symlink_to(["/dev/zero", file, "/etc/hostname"][how - 3])
+
+
+SPOILS = {
+    "damage": _damage,
+    "swap": _swap,
+    "manifest": _manifest,
+    "recipe": _recipe,
+    "tensors": _tensors,
+    "state": _state,
+    "place": _place,
+}
+
+
+# code, which nothing may run
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
+
+
+def code(marker: Path, protocol: int = 2) -> bytes:
+    """A pickle that makes a folder when it is read by Python's own reader."""
+    return pickle.dumps(Code(marker), protocol)
+
+
+def zipped(marker: Path) -> bytes:
+    """The same in an archive of PyTorch."""
+    out = io.BytesIO()
+    torch.save({"weight": Code(marker)}, out)
+    return out.getvalue()

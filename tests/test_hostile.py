@@ -3,6 +3,7 @@ result, a hang, or code that was handed over and run."""
 
 import contextlib
 import random
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cmbook import experiment
 from cmbook.__main__ import main
 from cmbook.data import Toy
 from cmbook.interop.foreign import skeleton
-from cmbook.runs import rounds
+from cmbook import runs
 
 TEXTS = {name: experiment.recipe_text(name) for name in experiment.recipes()}
 MEMORY = 3 << 30  # bytes that no refusal needs
@@ -73,7 +74,7 @@ def built(seed: int) -> None:
     recipe = read(seed)
     shape = (2,) if isinstance(recipe.data, Toy) else (3, 32, 32)
     assert experiment.loads(experiment.dumps(recipe)) == recipe or "nan" in experiment.dumps(recipe)
-    rounds(recipe, Path("run"))
+    runs.rounds(recipe, Path("run"))
     if recipe.network is not None:
         skeleton(recipe.network, shape, None)
 
@@ -98,3 +99,85 @@ def accepted(n: int, most: int) -> list[int]:
         if len(found) == n:
             break
     return found
+
+
+# checkpoints
+
+FACES = """# A consistency model of digits.
+data = { kind = "Digits" }
+network = { kind = "MLP", width = 8, depth = 2 }
+scalings = { kind = "ConsistencyScalings" }
+[objective]
+kind = "ConsistencyTraining"
+curriculum = { kind = "AdaptiveLevels", start = 2, end = 8 }
+[training]
+steps = 4
+batch_size = 8
+optimizer = { kind = "Adam" }
+also_average = [0.5]
+save_every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small run that can be gone on with."""
+    folder = tmp_path_factory.mktemp("made")
+    recipe = experiment.loads(FACES, ["training.steps=2"])
+    runs.run(recipe, folder / "run", progress=False)
+    return folder / "run"
+
+
+COMMANDS = {
+    "sample": ["sample", "run", "--n", "2", "--out", "a.npz"],
+    "average": ["sample", "run", "--n", "2", "--out", "a.npz", "--average", "0.5"],
+    "export": ["export", "run", "alone"],
+    "resume": ["train", "faces.toml", "--resume", "--out", "run"],
+    "evaluate": ["evaluate", "run", "--n", "20", "--rounds", "0", "--features", "pixels"],
+    "edit": ["edit", "run", "--task", "interpolate", "--n", "2", "--out", "b.npz"],
+}
+
+
+def state_of(folder: Path) -> dict[str, object]:
+    """What lies there: names, kinds, and contents of plain files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        if path.is_file() and path.stat().st_size < 1 << 24
+        else (path.is_dir(), path.is_fifo(), path.is_symlink())
+        for path in folder.rglob("*")
+    }
+
+
+def spoiled(made: Path, capsys, seed: int, names: list[str]) -> None:
+    """Spoil the last checkpoint of a copy of the run, and use it every way."""
+    draw = random.Random(seed)
+    for place in ("run", "alone"):
+        shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(made, "run")
+    Path("faces.toml").write_text(FACES.replace("steps = 4", "steps = 2"), encoding="utf-8")
+    last = sorted(Path("run/checkpoints").iterdir())[-1]
+    how = hostile.checkpoint(last, draw)
+    try:
+        for name in names:
+            before = state_of(Path("run"))
+            refused = told(capsys, COMMANDS[name])
+            if refused:
+                assert state_of(Path("run")) == before, f"{how}: {name} changed what it refused"
+            assert not list(Path().rglob("RAN")), f"{how}: {name} ran code"
+            assert not list(Path().rglob(".unfinished*")), f"{how}: {name} left a part"
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"{how}, {name}: {error!r}") from error
+
+
+def test_a_spoiled_checkpoint_is_used_or_refused(made, capsys):
+    names = list(COMMANDS)
+    found = bad(range(60), lambda seed: spoiled(made, capsys, seed, [names[seed % len(names)]]))
+    assert found == []
+
+
+@pytest.mark.slow
+def test_a_thousand_spoiled_checkpoints_are_used_or_refused(made, capsys):
+    names = list(COMMANDS)
+    assert bad(range(100, 1100), lambda seed: spoiled(made, capsys, seed, names)) == []

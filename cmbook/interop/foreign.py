@@ -72,7 +72,7 @@ def skeleton(network: Network, shape: tuple[int, ...], classes: int | None) -> n
     try:
         with torch.device("meta"):
             return network.build(shape, classes)
-    except (RuntimeError, ArithmeticError, StopIteration) as error:
+    except (RuntimeError, ArithmeticError, StopIteration, TypeError) as error:
         reason = f"{network} cannot be built for samples of shape {shape}: {error!s}"
         raise ValueError(reason.splitlines()[0]) from error
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cmbook.noise import normal
 from cmbook.protocols import Labels, PerSample, Samples
 
-WIDEST, DEEPEST = 1_000_000, 1000  # beyond, building the layers alone takes minutes and gigabytes
+WIDEST, DEEPEST = 100_000, 1000  # beyond, building the layers alone takes minutes and gigabytes
 
 # Constants name their device, so that a network built on the meta device has them all the same.
 
