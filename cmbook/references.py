@@ -47,6 +47,7 @@ class Provenance:
     quantization: Quantization | None = None
 
 
+LARGEST = 2**31  # bytes that a packed array may have unpacked
 MUST_AGREE = ("extractor", "extractor_sha256", "quantization", "size", "preprocessing")
 
 
@@ -330,8 +331,14 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"there is no file {path}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for entry in arrays.zip.infolist():
+                if entry.file_size > LARGEST and entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(
+                        f"{entry.filename} would unpack to {entry.file_size / 1e9:,.1f} GB; save "
+                        "it with np.savez, not savez_compressed"
+                    )
             return {name: arrays[name] for name in names if name in arrays.files}
-    except (ValueError, OSError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive may raise anything
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """Hostile input: mutations of good files, each a function of its seed; guards against excess."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -10,16 +11,20 @@ import random
 import resource
 import signal
 import string
+import struct
 import tomllib
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import tomli_w
 import torch
+from PIL import Image
 
 SECONDS = 20  # that one file may take; what hangs, takes longer
 ROOM = 2 << 30  # bytes of address space that one file may take
@@ -227,6 +232,8 @@ def checkpoint(path: Path, draw: random.Random) -> str:
 
 def seal(path: Path) -> None:
     """The manifest of whatever files are there: an attacker can count, too."""
+    if (path / "manifest.json").is_dir():
+        return
     files = [file for file in path.iterdir() if file.is_file() and file.stat().st_size < 1 << 24]
     sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
     sums.pop("manifest.json", None)
@@ -409,3 +416,69 @@ def zipped(marker: Path) -> bytes:
     out = io.BytesIO()
     torch.save({"weight": Code(marker)}, out)
     return out.getvalue()
+
+
+# data files
+
+
+def idx(array: np.ndarray) -> bytes:
+    """MNIST's format."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def picture(kind: str = "png", size: tuple[int, int] = (9, 7), mode: str = "RGB") -> bytes:
+    """A picture's file."""
+    out = io.BytesIO()
+    pixels = bytes(i * 37 % 256 for i in range(size[0] * size[1] * len(mode)))
+    Image.frombytes(mode, size, pixels).save(out, kind)
+    return out.getvalue()
+
+
+def archive(members: dict[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A .zip, whose names are what they are said to be."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", how) as packed:
+        for name, content in members.items():
+            packed.writestr(zipfile.ZipInfo(name), content, how)
+    return out.getvalue()
+
+
+def arrays(packed: bool = True, **named: Any) -> bytes:
+    """An .npz; objects are pickled into it, as NumPy does unless told otherwise."""
+    out = io.BytesIO()
+    (np.savez_compressed if packed else np.savez)(out, **named)
+    return out.getvalue()
+
+
+PIXELS = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+ROW = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, 3072)
+
+
+def data_sets() -> dict[str, dict[str, bytes]]:
+    """Small sets in every format that is read: names of files, and what they hold."""
+    gray, label = PIXELS[..., 0], np.arange(4, dtype=np.uint8)
+    batch = {b"data": ROW, b"labels": [0, 1], b"filenames": [b"a", b"b"]}
+    names = {b"label_names": [b"cat", b"dog"]}
+    pictures = {f"{c}/{i}.{k}": picture(k) for i, k in enumerate(KINDS) for c in ("a", "b")}
+    labels = json.dumps({"labels": [[name, 1] for name in pictures]}).encode()
+    return {
+        "idx": {"train-images-idx3-ubyte": idx(gray), "train-labels-idx1-ubyte": idx(label)},
+        "idx.gz": {
+            "train-images-idx3-ubyte.gz": gzip.compress(idx(gray)),
+            "train-labels-idx1-ubyte.gz": gzip.compress(idx(label)),
+        },
+        "cifar": {
+            "data_batch_1": pickle.dumps(batch, 2),
+            "batches.meta": pickle.dumps(names, 2),
+        },
+        "cifar of today": {"data_batch_1": pickle.dumps(batch, 4)},
+        "npz": {"set.npz": arrays(arr_0=PIXELS, arr_1=np.arange(4))},
+        "npz, stored": {"set.npz": arrays(False, arr_0=PIXELS, arr_1=np.arange(4))},
+        "npz, flat": {"train_1.npz": arrays(data=ROW, labels=np.array([1, 2]))},
+        "folder": pictures,
+        "zip": {"set.zip": archive(pictures | {"dataset.json": labels})},
+        "zip, stored": {"set.zip": archive(pictures, zipfile.ZIP_STORED)},
+    }
+
+
+KINDS = ("png", "jpeg", "bmp", "gif", "webp", "tiff", "ppm")

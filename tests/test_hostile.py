@@ -10,11 +10,10 @@ from pathlib import Path
 import hostile
 import pytest
 
-from cmbook import experiment
+from cmbook import experiment, runs
 from cmbook.__main__ import main
-from cmbook.data import Toy
+from cmbook.data import Images, Toy, inspect
 from cmbook.interop.foreign import skeleton
-from cmbook import runs
 
 TEXTS = {name: experiment.recipe_text(name) for name in experiment.recipes()}
 MEMORY = 3 << 30  # bytes that no refusal needs
@@ -181,3 +180,52 @@ def test_a_spoiled_checkpoint_is_used_or_refused(made, capsys):
 def test_a_thousand_spoiled_checkpoints_are_used_or_refused(made, capsys):
     names = list(COMMANDS)
     assert bad(range(100, 1100), lambda seed: spoiled(made, capsys, seed, names)) == []
+
+
+# data files
+
+
+def laid(folder: Path, files: dict[str, bytes]) -> str:
+    """Write the files of a set; its path, as a recipe names it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    lone = next(iter(files)) if len(files) == 1 else ""
+    return str(folder / lone if lone.endswith((".zip", ".npz")) else folder)
+
+
+def damaged_set(seed: int) -> str:
+    """A small set of some format with one file damaged."""
+    draw = random.Random(seed)
+    files = SETS[draw.choice(list(SETS))].copy()
+    name = draw.choice(list(files))
+    files[name] = hostile.damaged(files[name], draw)
+    if draw.random() < 0.1:
+        files[name] = draw.choice([f for each in SETS.values() for f in each.values()])
+    return laid(Path("set"), files)
+
+
+SETS = hostile.data_sets()
+
+
+def look(seed: int) -> None:
+    path = damaged_set(seed)
+    inspect.check(path, 8, 3)
+    data = Images(path, 8, 3).build()
+    next(data.batches(4, 0))
+    data.sha256()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_that_are_damaged_are_sets(name):
+    assert len(Images(laid(Path("set"), SETS[name]), 8, 3).build()) > 1
+
+
+def test_damaged_data_are_read_or_refused():
+    assert bad(range(250), look) == []
+
+
+@pytest.mark.slow
+def test_five_thousand_damaged_sets_are_read_or_refused():
+    assert bad(range(1000, 6000), look) == []
