@@ -8,10 +8,10 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from cmbook.features import Extractor
     from cmbook.runs import Run
 
+MOST = 10_000_000  # samples, of one call
+LONGEST = 2000  # characters of an error: paths are long, but what was given may have no end
+BEYOND_MEMORY = (
+    "out of memory|allocate memory|not enough memory|size calculation overflow|"
+    "multiplication overflow"
+)
 BATCH = 1 << 20  # numbers that `cmbook sample` draws at a time; the samples do not depend on it
 
 
@@ -219,6 +225,8 @@ class Sample:
         from cmbook.noise import PerImage
 
         _check_output(self.n, self.seed, self.out)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"--guidance must be a number such as 1.5; got {self.guidance}")
         loaded = _load(self.run, _device(self.device), self.average)
         label = _labels(loaded, self.label, self.n, self.device)
         size = max(1, BATCH // math.prod(loaded.record["shape"]))
@@ -282,7 +290,7 @@ class Edit:
         from cmbook import pictures
         from cmbook.noise import PerImage, seeded
 
-        _check_output(self.n, self.seed, self.out)
+        _check_output(self.n, self.seed, self.out, most=10_000)  # all are edited at once
         loaded = _load(self.run, _device(self.device))
         label = _labels(loaded, self.label, self.n, self.device)
         each = PerImage(range(self.seed, self.seed + self.n))
@@ -662,6 +670,8 @@ class Notebooks:
 
     def __call__(self) -> None:
         """Do it."""
+        from cmbook.disk import replacing
+
         book = _book()
         paths = sorted([*book.glob("*.ipynb"), *(book / "weights").rglob("*.*")])
         copies = {path: self.folder / path.relative_to(book) for path in paths}
@@ -671,8 +681,8 @@ class Notebooks:
                 f"{there[0]} is already there; --overwrite replaces it, or name another folder"
             )
         for path, copy in copies.items():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            with replacing(copy) as file:
+                file.write(path.read_bytes())
         if find_spec("jupyterlab") is None:
             print("pip install 'cmbook[notebooks]'")
         print(f"jupyter lab {shlex.quote(str(self.folder))}")
@@ -698,33 +708,52 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Consistency models, to learn, to check, to train and to extend."""
-    command = tyro.cli(
-        Command,
-        prog="cmbook",
-        description=main.__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
-    )
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files may hold what a terminal cannot say
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        command()
+        try:
+            command = tyro.cli(
+                Command,
+                prog="cmbook",
+                description=main.__doc__,
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+            )
+            command()
+        finally:
+            _flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except OSError as error:
         _stop(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except ValueError as error:
         _stop(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            r"out of memory|allocate memory|not enough memory", str(error), re.IGNORECASE
-        ):
+        if not isinstance(error, MemoryError) and not re.search(BEYOND_MEMORY, str(error), re.I):
             raise
         _stop("not enough memory; ask for a smaller batch or network, fewer levels or samples")
     except KeyboardInterrupt as stop:
         _stop(str(stop) or "stopped", 130)
 
 
+def _flush() -> None:
+    """Write out what was printed, here where an error can still be told; then only once."""
+    if sys.stdout is None:  # closed by who started us
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def _stop(message: str, code: int = 1) -> NoReturn:
-    print(f"\ncmbook: {message}" if code == 130 else f"cmbook: {message}", file=sys.stderr)
+    """End with one sentence on one line, of what a terminal can show, and not without end."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
+    print(f"\ncmbook: {line}" if code == 130 else f"cmbook: {line}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -746,10 +775,12 @@ def _book() -> Path:
     return inside if inside.is_dir() else package.parent / "notebooks"
 
 
-def _check_output(n: int, seed: int, out: Path) -> None:
+def _check_output(n: int, seed: int, out: Path, most: int = MOST) -> None:
     """Refuse what could not be saved, before anything is computed."""
     if n < 1:
         raise ValueError(f"--n must be at least 1; got {n}")
+    if n > most:
+        raise ValueError(f"--n must be at most {most:,}; got {n}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must lie in 0 ... {2**32 - 1}; got {seed}")
     if out.suffix not in (".png", ".npz"):
@@ -762,15 +793,14 @@ def _labels(loaded: "Run", wanted: int | None, n: int, device: str) -> "Tensor |
     """The class of each sample: the one that is wanted, or all in turn."""
     import torch
 
-    from cmbook import data
-
     classes = loaded.record["classes"]
     if not classes:
         if wanted is not None:
             raise ValueError(f"{loaded.folder} has no classes; leave out --label")
         return None
+    if wanted is not None and not 0 <= wanted < classes:
+        raise ValueError(f"--label must lie in 0 ... {classes - 1}; got {wanted}")
     label = torch.arange(n) % classes if wanted is None else torch.full((n,), wanted)
-    data.check_labels(label, n, classes)
     return label.to(_device(device))
 
 
@@ -798,6 +828,8 @@ def _save(samples: "Tensor", label: "Tensor | None", out: Path) -> None:
     """Write samples as a picture or as numbers; an older file is replaced only by a whole one."""
     from cmbook import plotting, references
 
+    if not bool(samples.isfinite().all()):
+        raise ValueError("the samples hold NaN or infinity; nothing was written")
     if out.suffix == ".npz":
         return references.save_samples(out, samples, label)
     with plotting.book_style():

@@ -123,7 +123,7 @@ def verify(path: Path) -> None:
     instead = f"Delete {path} to use the checkpoint before it"
     try:
         sums = dict(json.loads((path / "manifest.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}/manifest.json cannot be read. {instead}") from error
     for name in sorted({*sums, *(ALWAYS if path.name.startswith("step-") else SHARED)}):
         file = path / Path(name).name

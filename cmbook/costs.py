@@ -28,6 +28,7 @@ from cmbook import experiment
 from cmbook.data import Images
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
+from cmbook.interop.foreign import skeleton
 from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import Network
 from cmbook.parameterization import EDMScalings, Preconditioned
@@ -158,7 +159,7 @@ def estimate(
     if shape is None or classes is None:
         shape, classes = of_data(recipe)
     shard = knobs.batch_size // parts
-    net = _network(recipe).build(shape, classes or None).to(META)
+    net = skeleton(_network(recipe), shape, classes or None).to(META)
     models = _models(recipe, net)
     student = models.student
     assert isinstance(student, Preconditioned)

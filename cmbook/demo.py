@@ -250,5 +250,5 @@ def _write_report(path: Path, rows: list[Row], runs: tuple[Run, ...]) -> None:
         "record": runs[0].record,
         "rows": [vars(row) for row in rows],
     }
-    with disk.whole(path) as unfinished:
-        unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with disk.replacing(path) as file:
+        file.write(f"{json.dumps(report, indent=1)}\n".encode())

@@ -5,18 +5,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 LOCK = ".lock"
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Write a file under another name, which becomes `path` once every byte is on disk.
-
-    Whatever stops the writing, what lay at `path` is still there, and nothing else stays.
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that is whole or not there: an older one is replaced when all is on disk.
 
     Args:
-        path: What is to be written, or replaced; its folder is made if missing.
+        path: Its folder is made if missing.
 
     Yields:
         Where to write.
@@ -26,13 +25,14 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
     try:
-        yield unfinished
-        flush(unfinished)
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
         flush(path.parent)
-    except BaseException:  # also Ctrl-C
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
 
 
 def flush(path: Path) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cmbook.protocols import PerSample, Samples
 
+LARGEST = 4096  # side of an image that a distance may make
+
 
 @dataclass(frozen=True)
 class L2:
@@ -24,6 +26,10 @@ class L2:
     """
 
     resize: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and not 1 <= self.resize <= LARGEST:
+            raise ValueError(f"resize must lie in 1 ... {LARGEST} pixels; got {self.resize}")
 
     def __call__(self, prediction: Samples, target: Samples) -> PerSample:
         """The distances."""

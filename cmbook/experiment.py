@@ -37,6 +37,7 @@ from cmbook.training import (
 )
 
 T = TypeVar("T")
+MOST = 1_000_000  # samples of a batch
 KINDS: dict[Any, Any] = {Distance: AnyDistance | LPIPS, Objective: AnyObjective}  # open -> known
 
 
@@ -82,6 +83,8 @@ class Training:
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.batch_size > MOST:
+            raise ValueError(f"batch_size must be at most {MOST:,}; got {self.batch_size}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be at least 0; got {self.warmup}")
         check_averages(self.average_decay, self.also_average)
@@ -239,6 +242,13 @@ def loads(text: str, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
 
     Source: ours.
     """
+    try:
+        return _loaded(text, overrides)
+    except RecursionError:  # whose own sentence speaks of Python
+        raise ValueError("the recipe holds tables or lists within each other, too deep") from None
+
+
+def _loaded(text: str, overrides: tuple[str, ...] | list[str]) -> Experiment:
     raw = _raw(text)
     raw.pop("record", None)
     for override in overrides:

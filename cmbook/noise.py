@@ -17,6 +17,8 @@ from torch import Tensor
 from cmbook.protocols import Generator, Grid, PerSample, Samples
 from cmbook.schedules import karras_sigmas
 
+FAR = 1e12  # from 1: squares of noise levels, and their inverses, are still numbers of float32
+
 
 @dataclass(frozen=True)
 class NoiseRange:
@@ -29,7 +31,8 @@ class NoiseRange:
         sigma_data: The standard deviation of the data, over all samples and coordinates.
 
     Raises:
-        ValueError: If not `0 < sigma_min < sigma_max`, or `rho` or `sigma_data` is not positive.
+        ValueError: If not `0 < sigma_min < sigma_max`, or `rho` or `sigma_data` is not positive;
+            or if they lie so far from 1 that their squares leave float32.
 
     Source: Karras et al. (2022), Table 1; Song et al. (2023), §2 and App. C.
     """
@@ -43,6 +46,12 @@ class NoiseRange:
         self.grid(2)
         if not 0 < self.sigma_data < math.inf:
             raise ValueError(f"sigma_data must be positive; got {self.sigma_data}")
+        sizes = (self.sigma_min, self.sigma_max, self.sigma_data)
+        if not 1 / FAR <= min(sizes) <= max(sizes) <= FAR or self.rho > 1000:
+            raise ValueError(
+                f"noise levels must lie in {1 / FAR:g} ... {FAR:g}, and rho in 0.1 ... 1000; "
+                f"got {self}"
+            )
 
     def grid(self, levels: int) -> Grid:
         """`levels` decreasing noise levels from `sigma_max` to `sigma_min`, in float64."""

@@ -148,9 +148,10 @@ class VPScalings:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not (self.beta_d > 0 and self.beta_min >= 0 and 0 < self.epsilon_t < 1):
+        betas = self.beta_d > 0 and self.beta_min >= 0 and self.beta_d / 2 + self.beta_min < 700
+        if not (betas and 0 < self.epsilon_t < 1):  # 700: beyond, σ(1) is no number
             raise ValueError(
-                "expected beta_d > 0, beta_min >= 0 and 0 < epsilon_t < 1; got "
+                "expected beta_d > 0, beta_min >= 0, below 700, and 0 < epsilon_t < 1; got "
                 f"{self.beta_d}, {self.beta_min} and {self.epsilon_t}"
             )
         if self.steps < 2:
@@ -250,9 +251,10 @@ class IDDPMScalings:
     M: int = 1000
 
     def __post_init__(self) -> None:
-        if not (0 < self.C_1 < 1 and self.C_2 > 0 and self.M >= 2):
+        if not (0 < self.C_1 < 1 and 0 < self.C_2 < math.inf and 2 <= self.M <= 10_000):
             raise ValueError(
-                f"expected 0 < C_1 < 1, C_2 > 0 and M >= 2; got {self.C_1}, {self.C_2} and {self.M}"
+                "expected 0 < C_1 < 1, C_2 > 0 and M in 2 ... 10,000; got "
+                f"{self.C_1}, {self.C_2} and {self.M}"
             )
 
     def c_skip(self, sigma: PerSample) -> PerSample:

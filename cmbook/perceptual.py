@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmbook.distances import LARGEST
 from cmbook.protocols import PerSample, Samples
 from cmbook.schedules import check_choice
 
@@ -55,7 +56,7 @@ class LPIPS:
             (kept as 0, which a recipe can hold) leaves them as they are.
 
     Raises:
-        ValueError: If a choice is none, or `resize` is below 32; when called, if samples are no
+        ValueError: If a choice is none, or `resize` is out of range; when called, if samples are no
             images of 1 or 3 channels and at least 32 x 32, or package or weights are missing.
 
     Note: The paper's CIFAR-10 code keeps max pooling, its PyTorch code (ImageNet, LSUN) has
@@ -73,10 +74,10 @@ class LPIPS:
         check_choice("net", self.net, get_args(Trunk))
         check_choice("pooling", self.pooling, get_args(Pooling))
         object.__setattr__(self, "resize", self.resize or 0)
-        if self.resize and self.resize < SMALLEST:
+        if self.resize and not SMALLEST <= self.resize <= LARGEST:
             raise ValueError(
-                f"resize must be at least {SMALLEST}, or 0 to leave images as they are; "
-                f"got {self.resize}"
+                f"resize must be at least {SMALLEST}, or 0 to leave images as they are, and at "
+                f"most {LARGEST}; got {self.resize}"
             )
 
     def __call__(self, prediction: Samples, target: Samples) -> PerSample:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cmbook.disk import whole
+from cmbook.disk import replacing
 from cmbook.networks.blocks import Attention
 from cmbook.oracle import DistanceToTruth
 from cmbook.protocols import Path as Path_
@@ -126,8 +126,8 @@ class Film:
 
     def save(self, path: Path) -> None:
         """Write the GIF; an older file is replaced only by a whole one."""
-        with whole(path) as unfinished:
-            unfinished.write_bytes(self.gif)
+        with replacing(path) as file:
+            file.write(self.gif)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, str]:
         return {"image/gif": b64encode(self.gif).decode(), "text/plain": repr(self)}
@@ -308,8 +308,8 @@ def save(figure: Figure, path: Path) -> None:
 
     Source: ours.
     """
-    with whole(path) as unfinished:
-        figure.savefig(unfinished, format=path.suffix.lstrip(".") or "png")
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,17 @@ A Frechet distance compares only what was made alike. So statistics carry their 
 """
 
 import json
-import os
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmbook.disk import replacing
 from cmbook.evaluation import Moments, frechet_distance
 from cmbook.features import Activations, Extractor, Quantization, from_bytes, to_bytes
 from cmbook.protocols import Labels, Samples
@@ -47,6 +46,7 @@ class Provenance:
     quantization: Quantization | None = None
 
 
+LARGEST = 2**31  # bytes that a packed array may have unpacked
 MUST_AGREE = ("extractor", "extractor_sha256", "quantization", "size", "preprocessing")
 
 
@@ -247,24 +247,6 @@ def load_samples(path: Path) -> tuple[Samples, Labels | None]:
     return (from_bytes(values.permute(0, 3, 1, 2)) if images else values.float()), label
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that is whole or not there: an older one is replaced at the end.
-
-    Source: ours.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _moments_of(seen: Activations) -> tuple[Moments, Moments | None]:
     spatial = seen.spatial
     return Moments.of(seen.features), None if spatial is None else Moments.of(spatial)
@@ -330,8 +312,14 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"there is no file {path}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for entry in arrays.zip.infolist():
+                if entry.file_size > LARGEST and entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(
+                        f"{entry.filename} would unpack to {entry.file_size / 1e9:,.1f} GB; save "
+                        "it with np.savez, not savez_compressed"
+                    )
             return {name: arrays[name] for name in names if name in arrays.files}
-    except (ValueError, OSError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive may raise anything
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
 
 

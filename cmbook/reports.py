@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cmbook
-from cmbook import clouds, references
+from cmbook import clouds, disk, references
 from cmbook.data import Data, ImageData
 from cmbook.data.images import images
 from cmbook.evaluation import (
@@ -37,6 +37,7 @@ from cmbook.runs import Run
 
 FEWEST = 20  # of samples and of real images
 MOST_REAL = 50_000  # training images that are looked at
+MOST, MOST_AT_ONCE, MOST_ROUNDS = 10_000_000, 10_000, 10_000  # samples, in a batch; bootstraps
 MOST_PAIRS = 10_000  # of each set where all pairs are compared
 Report = dict[str, Any]
 
@@ -75,8 +76,18 @@ class Evaluation:
             raise ValueError(
                 f"expected n of {FEWEST} or more and batch of 1 or more; got {self.n}, {self.batch}"
             )
-        if self.rounds == 1 or self.rounds < 0:
-            raise ValueError(f"rounds must be 0 (no intervals) or 2 or more; got {self.rounds}")
+        if self.n > MOST or self.batch > MOST_AT_ONCE:
+            raise ValueError(
+                f"expected n of at most {MOST:,} and batch of at most {MOST_AT_ONCE:,}; got "
+                f"{self.n}, {self.batch}"
+            )
+        if self.rounds == 1 or not 0 <= self.rounds <= MOST_ROUNDS:
+            raise ValueError(
+                f"rounds must be 0 (no intervals) or 2 or more, at most {MOST_ROUNDS:,}; got "
+                f"{self.rounds}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0 ... {2**32 - 1}; got {self.seed}")
 
     def __call__(self, made: Run, out: Path, samples: Path | None = None) -> Report:
         """Measure a run; write `report.json` and `samples.npz` into a folder.
@@ -121,7 +132,7 @@ class Evaluation:
             "seconds": round(time.perf_counter() - start, 1),
         }
         references.save_samples(out / "samples.npz", x, label)
-        with references.replacing(out / "report.json") as file:
+        with disk.replacing(out / "report.json") as file:
             file.write((json.dumps(report, indent=1) + "\n").encode())
         return report
 

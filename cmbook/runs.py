@@ -32,6 +32,7 @@ import cmbook
 from cmbook import checkpoints, disk, doctor, experiment
 from cmbook.board import Board, summary_writer
 from cmbook.data import Data, endless, fingerprint
+from cmbook.data.readers import MOST_CLASSES
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.interop.foreign import skeleton
@@ -724,7 +725,8 @@ def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
     match record:
         case {"shape": [*sides], "classes": int(), "data_sha256": str()} if recipe.network:
             numbers = (*sides, record.get("processes", 1))
-            if all(type(number) is int for number in numbers):
+            whole = all(type(number) is int and 0 < number < 2**31 for number in numbers)
+            if whole and sides and 0 <= record["classes"] <= MOST_CLASSES:
                 return recipe, record
     raise ValueError(f"{path} holds no [record] of shape, classes and data: was it edited?")
 
@@ -778,8 +780,8 @@ def _record(
         **({"changes": changes} if changes else {}),
     }
     text = f"{experiment.dumps(recipe)}\n{tomli_w.dumps({'record': record})}"
-    with disk.whole(folder / "experiment.toml") as path:
-        path.write_text(text, encoding="utf-8")
+    with disk.replacing(folder / "experiment.toml") as file:
+        file.write(text.encode())
     return text
 
 
@@ -852,8 +854,8 @@ class _Log:
         if step is not None:  # what came after the checkpoint is written again
             rows = [row + [""] * (len(_HEAD) - len(row)) for row in rows if int(row[0]) <= step]
             lines = "".join(f"{','.join(row)}\n" for row in [_HEAD, *rows])
-            with disk.whole(path) as unfinished:
-                unfinished.write_text(lines, encoding="utf-8")
+            with disk.replacing(path) as file:
+                file.write(lines.encode())
         self.seconds = float(rows[-1][2]) if rows else 0.0
         self.started = time.perf_counter() - self.seconds
 

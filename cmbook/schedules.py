@@ -9,6 +9,8 @@ import torch
 
 from cmbook.protocols import Clock, Grid
 
+MOST = 1_000_000  # levels of a grid: 8 MB; the paper's largest has 1281
+
 
 def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Grid:
     r"""Noise levels from `sigma_max` down to `sigma_min`, denser near the data.
@@ -17,7 +19,7 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Gri
         + \tfrac{i}{n-1}\big(\sigma_{\min}^{1/\rho} - \sigma_{\max}^{1/\rho}\big)\Big)^{\rho}$$
 
     Args:
-        n: Number of levels, at least 2; `n` levels bound `n - 1` intervals.
+        n: Number of levels, 2 or more, at most a million; `n` levels bound `n - 1` intervals.
         sigma_min: The least level, above 0, in units of the data (whose std is about 0.5).
         sigma_max: The largest level.
         rho: 1 spaces the levels evenly; 7 is the paper's.
@@ -26,7 +28,8 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Gri
         Decreasing float64 levels whose two ends are exact. No final 0.
 
     Raises:
-        ValueError: If `n < 2`, `rho < 0.1`, or the bounds are not `0 < sigma_min < sigma_max`.
+        ValueError: If `n` or `rho` is out of range, or the bounds are not
+            `0 < sigma_min < sigma_max`.
 
     Example:
         >>> karras_sigmas(3, 1.0, 3.0, rho=1.0)
@@ -36,6 +39,8 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Gri
     """
     if n < 2:
         raise ValueError(f"a grid needs at least 2 levels; got n = {n}")
+    if n > MOST:
+        raise ValueError(f"a grid has at most {MOST:,} levels; got n = {n}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"expected 0 < sigma_min < sigma_max; got sigma_min = {sigma_min}, "
@@ -131,7 +136,7 @@ class FixedLevels:
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.levels >= 2, f"levels must be at least 2; got {self.levels}")
+        _check(2 <= self.levels <= MOST, f"levels must lie in 2 ... {MOST}; got {self.levels}")
         _check(0 <= self.decay < 1, f"decay must lie in [0, 1); got {self.decay}")
 
     def levels_at(self, clock: Clock) -> int:
@@ -225,4 +230,5 @@ def _check(good: bool, message: str) -> None:
 
 
 def _check_span(start: int, end: int, least: int) -> None:
-    _check(least <= start <= end, f"expected {least} <= start <= end; got {start} and {end}")
+    told = f"expected {least} <= start <= end < {MOST}; got {start} and {end}"
+    _check(least <= start <= end < MOST, told)

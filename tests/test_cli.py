@@ -256,7 +256,7 @@ REFUSED = {
     "negative width": (["train", "ring.toml", "network.width=-1"], "width"),
     "width beyond memory": (["train", "ring.toml", "network.width=100000000000"], "width"),
     "batch beyond memory": (
-        ["train", "ring.toml", "training.batch_size=10000000000000"], "not enough memory"
+        ["train", "ring.toml", "training.batch_size=10000000000000"], "at most 1,000,000"
     ),
     "sigmas that rise": (["train", "ring.toml", "sampling.sigmas=[1, 10]"], "must decrease"),
     "missing teacher": (

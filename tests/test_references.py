@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cmbook import normal, seeded
+from cmbook.disk import replacing
 from cmbook.evaluation import Moments, frechet_distance
 from cmbook.features import Activations, Pixels, from_bytes
 from cmbook.references import (
@@ -16,7 +17,6 @@ from cmbook.references import (
     distance,
     load_samples,
     load_statistics,
-    replacing,
     save_samples,
     save_statistics,
 )

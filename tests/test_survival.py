@@ -215,12 +215,12 @@ def test_old_checkpoints_go_when_the_new_one_is_on_disk(tmp_path, monkeypatch):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "log.csv"
-    with disk.whole(path) as unfinished:
-        unfinished.write_text("old")
+    with disk.replacing(path) as file:
+        file.write(b"old")
 
     def killed():
-        with disk.whole(path) as unfinished:
-            unfinished.write_text("n")
+        with disk.replacing(path) as file:
+            file.write(b"n")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cmbook.data import prepare, readers
-from cmbook.data.readers import Pictures, Rows, Stored
+from cmbook.data.prepare import check_size
+from cmbook.data.readers import MOST_CLASSES, Pictures, Rows, Stored
 from cmbook.data.tensors import check_labels, endless
 from cmbook.noise import seeded, uniform
 from cmbook.protocols import Batch, Labels, Samples
@@ -52,10 +53,11 @@ class Images:
     held_out: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size must be at least 1 pixel; got {self.size}")
-        if self.classes is not None and self.classes < 1:
-            raise ValueError(f"classes must be at least 1; got {self.classes}")
+        check_size(self.size)
+        if self.classes is not None and not 1 <= self.classes <= MOST_CLASSES:
+            raise ValueError(
+                f"classes must be at least 1, at most {MOST_CLASSES}; got {self.classes}"
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 image; got {self.limit}")
         if not 0 <= self.held_out < 1:

@@ -107,8 +107,7 @@ def check(
 
     Source: ours.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    prepare.check_size(size)
     found, _ = readers.find(path)
     n = len(found.names) if isinstance(found, Pictures) else len(found.rows)
     tally = _Tally(every=max(1, n // max(sheet, 1)), room=sheet)
@@ -163,14 +162,17 @@ def _read_pictures(found: Pictures, tally: _Tally, size: int | None, channels: i
     from tqdm import tqdm
 
     for i in tqdm(range(len(found.names)), desc="reading", disable=len(found.names) < 500):
-        picture = prepare.attempt(found.open, i, lambda data: prepare.decoded(data, channels))
+        picture = prepare.attempt(found.open, i, lambda data: _seen(data, size, channels))
         if isinstance(picture, str):
             tally.broken[found.names[i]] = picture
             continue
-        if size is not None:
-            picture = prepare.center_crop(picture, size)
         pixels = np.asarray(picture, np.uint8)
         tally.add(i, pixels[None, None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)[None])
+
+
+def _seen(data: bytes, size: int | None, channels: int | None) -> Any:
+    picture = prepare.decoded(data, channels)
+    return picture if size is None else prepare.center_crop(picture, size)
 
 
 def _names(found: "readers.Found") -> list[str]:

@@ -8,10 +8,9 @@ short side fits, crop the center.
 import hashlib
 import io
 import json
+import math
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,8 +31,25 @@ LARGEST = 100_000_000  # pixels of one picture
 Channels = int | None  # 1, 3, or whatever is there
 
 
+def check_size(size: int | None) -> None:
+    """Refuse a side that no picture can have.
+
+    Raises:
+        ValueError: Saying so.
+
+    Source: ours.
+    """
+    if size is not None and not 1 <= size <= math.isqrt(LARGEST):
+        raise ValueError(
+            f"size must be at least 1 pixel, at most {math.isqrt(LARGEST):,}; got {size}"
+        )
+
+
 def center_crop(picture: "Image.Image", size: int) -> "Image.Image":
     """A picture as a square of `size` pixels.
+
+    Raises:
+        ValueError: If it is so long that it would become too large on the way.
 
     Source: Dhariwal and Nichol (2021), released code, `center_crop_arr`.
     """
@@ -42,6 +58,8 @@ def center_crop(picture: "Image.Image", size: int) -> "Image.Image":
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
+    if picture.width * picture.height * scale**2 > LARGEST:
+        raise ValueError(f"is {picture.width}x{picture.height} pixels, which is too narrow")
     picture = picture.resize(
         (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
     )
@@ -65,18 +83,18 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured below
+        with warnings.catch_warnings():  # of sizes, which are measured here, and of odd remarks
+            warnings.simplefilter("ignore")
             picture: Image.Image = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > LARGEST:
-            raise ValueError(f"is {picture.width}x{picture.height} pixels, which is too large")
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"has {picture.mode} pixels; save it as a picture of 8-bit colors")
-        if any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ())):
-            raise ValueError("has 16 bits a color; save it as a picture of 8-bit colors")
-        if upright:
-            picture = ImageOps.exif_transpose(picture)
-        picture.load()
+            if picture.width * picture.height > LARGEST:
+                raise ValueError(f"is {picture.width}x{picture.height} pixels, which is too large")
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"has {picture.mode} pixels; save it as a picture of 8-bit colors")
+            if any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ())):
+                raise ValueError("has 16 bits a color; save it as a picture of 8-bit colors")
+            if upright:
+                picture = ImageOps.exif_transpose(picture)
+            picture.load()
     except ValueError:
         raise
     except Image.DecompressionBombError as error:
@@ -252,8 +270,8 @@ def attempt(read: Callable[[int], bytes], i: int, use: Callable[[bytes], Any]) -
     """
     try:
         return use(read(i))
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        return str(error)  # RuntimeError: an archive with a password, or packed in an unknown way
+    except Exception as error:  # a damaged file or archive may raise anything
+        return str(error) or repr(error)
 
 
 def _write(file: Any, position: int, data: bytes) -> None:

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def find(path: str | Path) -> tuple[Found, Found | None]:
         )
     if "cifar-10-batches-py" in names:
         return find(there / "cifar-10-batches-py")
-    arrays = sorted(file for file in there.glob("*.npz"))
+    arrays = sorted(file for file in there.glob("*.npz") if file.is_file())
     if arrays:
         aside = [file for file in arrays if file.name.startswith("val_")]
         learned = [file for file in arrays if file not in aside]
@@ -271,11 +271,11 @@ def cifar(folder: Path, batches: list[str]) -> Stored:
     for name in batches:
         read = _unpickled(folder / name)
         try:
-            data = np.asarray(read[b"data"])
+            data = _numbers(read[b"data"])
             if data.dtype != np.uint8:
                 raise ValueError(f"its data are {data.dtype}, expected uint8")
             images.append(data.reshape(-1, 3, 32, 32))
-            labels.append(_checked(np.asarray(read[b"labels"]), len(images[-1]), folder / name))
+            labels.append(_checked(_numbers(read[b"labels"]), len(images[-1]), folder / name))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{folder / name} is no batch of CIFAR-10: {error}") from error
     classes = tuple(str(i) for i in range(10))
@@ -302,8 +302,7 @@ def folder(root: Path) -> Pictures:
 
     Source: Dhariwal and Nichol (2021), released code (flat layout).
     """
-    every = [Path(at) / name for at, _, there in os.walk(root, followlinks=True) for name in there]
-    chosen = sorted(file for file in every if file.suffix.lower() in PICTURES)
+    chosen = sorted(file for file in _files(root) if file.suffix.lower() in PICTURES)
     names = [file.relative_to(root).as_posix() for file in chosen]
     names = [name for name in names if not any(s.startswith(".") for s in name.split("/"))]
     files = [root / name for name in names]
@@ -322,6 +321,14 @@ def folder(root: Path) -> Pictures:
     return Pictures(tuple(names), lambda i: _bounded(files[i]), stamp, str(root), label, classes)
 
 
+def _files(root: Path) -> Iterator[Path]:
+    """Everything below a folder, links followed, but none that leads back to where it lies."""
+    for at, below, names in os.walk(root, followlinks=True):
+        here = Path(at).resolve()
+        below[:] = [name for name in below if (here / name).resolve() not in (here, *here.parents)]
+        yield from (Path(at) / name for name in names)
+
+
 def archive(file: Path) -> Pictures:
     """Pictures in a .zip archive, never unpacked as a whole.
 
@@ -335,7 +342,7 @@ def archive(file: Path) -> Pictures:
     """
     try:
         packed = zipfile.ZipFile(file)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive may raise anything
         raise ValueError(f"{file} is not a whole .zip archive: {error}") from error
     entries = [e for e in packed.infolist() if Path(e.filename).suffix.lower() in PICTURES]
     entries = [entry for entry in entries if not entry.is_dir()]
@@ -351,7 +358,7 @@ def archive(file: Path) -> Pictures:
     names = [entry.filename for entry in entries]
     label, classes = _classes(names, str(file))
     if "dataset.json" in packed.namelist():
-        label, classes = _dataset_json(packed.read("dataset.json"), names, file), ()
+        label, classes = _dataset_json(packed, names, file), ()
 
     def read(i: int) -> bytes:
         with zipfile.ZipFile(file) as again, again.open(entries[i]) as stream:
@@ -469,10 +476,10 @@ def read_npz(file: Path) -> Rows:
     """
     try:
         if file.suffix == ".npy":
-            found = {"arr_0": np.load(file, mmap_mode="r", allow_pickle=False)}
+            found = {"arr_0": np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))}
         else:
             found = _arrays(file)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:  # a damaged archive may raise anything
         raise ValueError(f"{file} cannot be read as arrays: {error}") from error
     images = next((found[k] for k in ("arr_0", "images", "data") if k in found), None)
     if images is None or images.dtype != np.uint8:
@@ -558,22 +565,57 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return read[version](stream)
 
 
-class _Inert(pickle.Unpickler):
-    """Reads arrays, lists and strings; names of anything else are refused."""
+class _Inert(pickle._Unpickler):
+    """Reads arrays of whole numbers, lists and strings; names of anything else are refused.
+
+    NumPy's own classes would not do: an array of Python objects over bytes from the file is a list
+    of addresses that the file has chosen. Nor would the unpickler in C, whose memory is as large
+    as a file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         core = ("numpy.core.multiarray", "numpy._core.multiarray")
-        if name == "_reconstruct" and module in core:
-            return _empty_array
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
+        if (module, name) == ("numpy", "ndarray") or (name == "_reconstruct" and module in core):
+            return _Array
+        if (module, name) == ("numpy", "dtype"):
+            return _Kind
         if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 pickles them in protocol 2
             return _encode
         raise pickle.UnpicklingError(f"it would call {module}.{name}, which a data file never does")
 
 
-def _empty_array(*ignored: Any) -> NDArray[Any]:
-    return np.ndarray((0,), np.uint8)
+class _Kind:
+    """A type of whole numbers, in the place of `numpy.dtype`."""
+
+    def __init__(self, name: Any, *ignored: Any) -> None:
+        self.name = name.decode("latin1") if isinstance(name, bytes) else name
+        if self.name not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"):
+            raise pickle.UnpicklingError(f"it holds numbers of type {self.name!r}")
+        self.order = "|"
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        self.order = {"<": "<", ">": ">", "|": "|"}[order]
+
+
+class _Array:
+    """Numbers, in the place of `numpy.ndarray`."""
+
+    numbers: NDArray[Any]
+
+    def __init__(self, *ignored: Any) -> None:
+        self.numbers = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        if not isinstance(kind, _Kind):
+            raise pickle.UnpicklingError(f"its type of numbers is {kind!r}")
+        flat = np.frombuffer(data, np.dtype(kind.order + kind.name))
+        self.numbers = flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _numbers(read: Any) -> NDArray[Any]:
+    return read.numbers if isinstance(read, _Array) else np.asarray(read)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -582,7 +624,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _unpickled(file: Path) -> dict[Any, Any]:
     try:
-        read = _Inert(io.BytesIO(file.read_bytes()), encoding="bytes").load()
+        read = _Inert(io.BytesIO(_bounded(file, IN_MEMORY)), encoding="bytes").load()
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(read, dict):
@@ -610,7 +652,12 @@ def _classes(names: list[str], origin: str) -> tuple[Label | None, tuple[str, ..
     return np.array([number[name] for name in of], np.int64), tuple(classes)
 
 
-def _dataset_json(text: bytes, names: list[str], file: Path) -> Label | None:
+def _dataset_json(packed: zipfile.ZipFile, names: list[str], file: Path) -> Label | None:
+    try:
+        with packed.open("dataset.json") as stream:
+            text = stream.read(LARGEST_FILE)
+    except Exception as error:  # a damaged archive may raise anything
+        raise ValueError(f"{file}: dataset.json cannot be unpacked: {error}") from error
     try:
         labels = json.loads(text)["labels"]
         if labels is None:
@@ -637,9 +684,12 @@ def _checked(label: NDArray[Any], n: int, origin: Path) -> Label:
     return label.astype(np.int64)
 
 
-def _bounded(file: Path) -> bytes:
-    if file.stat().st_size > LARGEST_FILE:
-        raise ValueError("is too large for a picture")
+def _bounded(file: Path, most: int = LARGEST_FILE) -> bytes:
+    """What a plain file holds; a pipe may never end, and neither does /dev/zero."""
+    if not file.is_file():
+        raise ValueError("is no plain file")
+    if file.stat().st_size > most:
+        raise ValueError(f"is larger than {most / 1e6:,.0f} MB")
     return file.read_bytes()
 
 

@@ -64,10 +64,17 @@ class Foreign:
 def skeleton(network: Network, shape: tuple[int, ...], classes: int | None) -> nn.Module:
     """The network without memory for its weights: names, shapes, and the constants.
 
+    Raises:
+        ValueError: If it cannot be built for such samples, or PyTorch cannot count its weights.
+
     Source: ours.
     """
-    with torch.device("meta"):
-        return network.build(shape, classes)
+    try:
+        with torch.device("meta"):
+            return network.build(shape, classes)
+    except (RuntimeError, ArithmeticError, StopIteration, TypeError) as error:
+        reason = f"{network} cannot be built for samples of shape {shape}: {error!s}"
+        raise ValueError(reason.splitlines()[0]) from error
 
 
 def looks_like(weights: dict[str, Any]) -> str:

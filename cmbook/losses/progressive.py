@@ -39,7 +39,8 @@ class ProgressiveDistillation:
         not take); this follows the CIFAR-10 code.
 
     Raises:
-        ValueError: If halving `steps` does not lead to `last`, or no teacher is given.
+        ValueError: If halving `steps` does not lead to `last`, there are too many, or no teacher
+            is given.
 
     Source: Salimans and Ho (2022), Algorithm 2; Song et al. (2023), §6.2.
     """
@@ -58,6 +59,7 @@ class ProgressiveDistillation:
         halved = self.steps
         while halved > self.last and halved % 2 == 0:
             halved //= 2
+        self.noise_range.grid(2 * max(self.steps, 1) + 1)  # which refuses too many
         if self.last < 1 or halved != self.last:
             raise ValueError(
                 f"steps must be last times a power of 2, such as 8 and 1; got steps={self.steps} "

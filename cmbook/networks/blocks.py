@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from cmbook.noise import normal
 from cmbook.protocols import Labels, PerSample, Samples
 
+WIDEST, DEEPEST = 100_000, 1000  # beyond, building the layers alone takes minutes and gigabytes
+
 # Constants name their device, so that a network built on the meta device has them all the same.
 
 
@@ -208,8 +210,8 @@ class Conditioning(nn.Module):
         return label.long()
 
 
-def check_sizes(**sizes: int) -> None:
-    """Refuse sizes of a network that are not at least 1.
+def check_sizes(most: int = WIDEST, **sizes: int) -> None:
+    """Refuse sizes of a network that are not at least 1, or beyond what anybody has.
 
     Raises:
         ValueError: Naming the first.
@@ -219,6 +221,22 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
+        if size > most:
+            raise ValueError(f"{name} must be at most {most:,}; got {size}")
+
+
+def check_multipliers(multipliers: tuple[int, ...]) -> None:
+    """Refuse multiples of channels that are not 1 or more, one a resolution.
+
+    Raises:
+        ValueError: Saying so.
+
+    Source: ours.
+    """
+    if not multipliers or min(multipliers) < 1 or max(multipliers) > 1000:
+        raise ValueError(
+            f"multipliers must be 1 or more, one a resolution, at most 1000; got {multipliers}"
+        )
 
 
 def check_dropout(rate: float, name: str = "dropout") -> None:

@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from cmbook.networks.blocks import (
+    DEEPEST,
     Conditioning,
     Sinusoids,
     check_dropout,
@@ -37,7 +38,8 @@ class MLP:
     label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sizes(width=self.width, depth=self.depth)
+        check_sizes(width=self.width)
+        check_sizes(DEEPEST, depth=self.depth)
         check_dropout(self.label_dropout, "label_dropout")
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
@@ -88,7 +90,8 @@ class ResidualMLP:
     label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sizes(width=self.width, depth=self.depth, told=self.told)
+        check_sizes(width=self.width, told=self.told)
+        check_sizes(DEEPEST, depth=self.depth)
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
 

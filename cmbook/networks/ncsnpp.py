@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmbook.networks.blocks import (
+    DEEPEST,
     Attention,
     Conditioning,
     Filter,
@@ -23,6 +24,7 @@ from cmbook.networks.blocks import (
     Sinusoids,
     check_dropout,
     check_image,
+    check_multipliers,
     check_sizes,
     gaussian,
     geometric,
@@ -77,20 +79,19 @@ class NCSNpp:
     two_times: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads)
+        check_sizes(channels=self.channels, heads=self.heads)
+        check_sizes(DEEPEST, blocks=self.blocks)
         check_choice("embedding", self.embedding, get_args(Embedding))
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(
-                f"multipliers must be 1 or more, one a resolution; got {self.multipliers}"
-            )
+        check_multipliers(self.multipliers)
         if len(self.taps) % 2 or not sum(self.taps) or self.taps != self.taps[::-1]:
             raise ValueError(
                 f"taps must be an even number of weights, the same from both ends; got {self.taps}"
             )
         if self.augment < 0:
             raise ValueError(f"augment must be at least 0; got {self.augment}")
+        check_sizes(augment=self.augment or 1)
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for images of `shape` (channels, height, width).

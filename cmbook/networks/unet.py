@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmbook.networks.blocks import (
+    DEEPEST,
     Conditioning,
     Double,
     GroupNorm,
@@ -22,6 +23,7 @@ from cmbook.networks.blocks import (
     Sinusoids,
     check_dropout,
     check_image,
+    check_multipliers,
     check_sizes,
     geometric,
     octaves,
@@ -92,17 +94,15 @@ class UNet:
     two_times: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(channels=self.channels, blocks=self.blocks, heads=self.heads, patch=self.patch)
+        check_sizes(channels=self.channels, heads=self.heads, patch=self.patch)
+        check_sizes(DEEPEST, blocks=self.blocks)
         check_sizes(head_channels=self.head_channels or 1, heads_up=self.heads_up or 1)
         check_choice("resample", self.resample, get_args(Resample))
         check_choice("told", self.told, get_args(Told))
         check_choice("groups", self.groups, get_args(Groups))
         check_dropout(self.dropout)
         check_dropout(self.label_dropout, "label_dropout")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(
-                f"multipliers must be 1 or more, one a resolution; got {self.multipliers}"
-            )
+        check_multipliers(self.multipliers)
 
     def build(self, shape: tuple[int, ...], classes: int | None = None) -> nn.Module:
         """The module for images of `shape` (channels, height, width).
