@@ -223,7 +223,7 @@ def test_a_guide_runs_from_top_to_bottom_and_shows_what_it_says(page, shell, tmp
     with torch.random.fork_rng([]):
         for block in PAGES[page]:
             if page in PARSED or block.rule == "only parsed in the test":
-                parse(block.text if block.language == "bash" else "")
+                parse(block.text) if block.language == "bash" else compile(block.text, page, "exec")
                 continue
             as_shown = as_shown and not block.rule
             said = reader.run(block, block.changed)
@@ -292,10 +292,11 @@ def parse_command(arguments: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_says_above_it_what_is_done_instead(page):
     text = (ROOT / f"docs/guides/{page}.md").read_text(encoding="utf-8")
-    assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(FENCE.findall(text))
-    known = {"bash", "python", "{ .bash }", "{ .python }"}
+    fences = re.findall(r"^[ >]*(?:```|~~~)", text, re.MULTILINE)  # an indented one is not read
+    assert len(fences) == 2 * len(FENCE.findall(text))
     for block in PAGES[page]:
-        assert block.language in known or block.file, f"what to do with {block.language}?"
+        known = block.language in ("bash", "python") or block.file
+        assert known, f"what to do with {block.language}?"
         assert block.changed
     comments = re.findall(r"^<!-- (?!help|measured).*$", text, re.MULTILINE)
     assert len(comments) == sum(bool(block.rule) for block in PAGES[page]), "one is not read"
@@ -321,6 +322,34 @@ def test_what_is_added_from_outside_takes_less_than_forty_lines_each():
 def test_every_guide_is_in_the_navigation_of_the_site():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [path.name for path in GUIDES if f"guides/{path.name}" not in nav] == []
+
+
+@pytest.mark.parametrize(
+    ("told", "run"),
+    [
+        ("steps=9 => steps=2", "cmbook train a \\\n  steps=2\ncmbook sample b\n"),
+        ("seed=1", "cmbook train a \\\n  steps=9 seed=1\ncmbook sample b\n"),
+        ("steps=9 => steps=2; seed=1", "cmbook train a \\\n  steps=2 seed=1\ncmbook sample b\n"),
+    ],
+)
+def test_a_comment_above_a_block_changes_what_is_run(told, run):
+    code = "cmbook train a \\\n  steps=9\ncmbook sample b"
+    (block,) = blocks_of(f"<!-- in the test: {told} -->\n\n```bash\n{code}\n```")
+    assert block.changed == run
+
+
+def test_a_comment_that_changes_nothing_is_an_error():
+    (block,) = blocks_of("<!-- in the test: a => b -->\n\n```bash\ncmbook configs\n```")
+    with pytest.raises(AssertionError, match="does not have"):
+        _ = block.changed
+
+
+@pytest.mark.parametrize(
+    "command", ["cmbook train toy/ct objective.levles=3", "cmbook training toy/ct"]
+)
+def test_a_mistake_in_what_is_only_parsed_is_noticed(command):
+    with pytest.raises((ValueError, SystemExit)):
+        parse(command)
 
 
 @pytest.mark.parametrize(
