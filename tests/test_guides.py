@@ -56,6 +56,7 @@ while True:
     arguments, folder, environment = json.loads(told)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    sys.stdout = open(1, "w", closefd=False)  # the old one remembers what it was connected to
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
