@@ -16,8 +16,10 @@ the process, the last complete checkpoint is untouched.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from cmbook.disk import flush
 from cmbook.training import State
@@ -57,16 +60,12 @@ def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
         return path
     for rest in [*folder.glob(path.name), *folder.glob(".unfinished-*")]:
         shutil.rmtree(rest)
-    unfinished = folder / f".unfinished-{path.name}"
-    with _unfinished(unfinished):
+    with _whole(path) as put:
+        moments = {"step": state.step, "optimizer": state.optimizer.state_dict()}
+        put("state.pt", partial(_pickled, moments))  # the largest first: it is summed up longest
         for name, model in _models(state).items():
-            save_file(_weights(model), unfinished / f"{name}.safetensors")
-        torch.save(
-            {"step": state.step, "optimizer": state.optimizer.state_dict()},
-            unfinished / "state.pt",
-        )
-        (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
-        _seal(unfinished, path)
+            put(f"{name}.safetensors", partial(save_file, _weights(model)))
+        put("experiment.toml", partial(Path.write_text, data=recipe, encoding="utf-8"))
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old.rename(folder / f".unfinished-{old.name}"))
     return path
@@ -94,12 +93,10 @@ def share(folder: Path, model: nn.Module, recipe: str, *, half: bool = False) ->
         weights = {n: w.half() if n in halved else w for n, w in weights.items()}
         if not all(bool(w.isfinite().all()) for w in weights.values()):
             raise ValueError("a weight is too large for half precision; export without half")
-    unfinished = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with _unfinished(unfinished):
-        save_file(weights, unfinished / "average.safetensors")
-        (unfinished / "experiment.toml").write_text(recipe, encoding="utf-8")
-        _seal(unfinished, folder)
+    shutil.rmtree(folder.with_name(f".unfinished-{folder.name}"), ignore_errors=True)
+    with _whole(folder) as put:
+        put("average.safetensors", partial(save_file, weights))
+        put("experiment.toml", partial(Path.write_text, data=recipe, encoding="utf-8"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -214,27 +211,52 @@ def check_fit(ours: dict[str, Any], theirs: dict[str, Tensor], origin: str) -> N
 
 
 @contextmanager
-def _unfinished(folder: Path) -> Iterator[None]:
-    """A folder to write in; what is not whole does not stay, and a full disk has its room back."""
+def _whole(path: Path) -> Iterator[Callable[[str, Callable[[Path], object]], None]]:
+    """A folder that is whole or not there: checksums are added, then it gets its name.
+
+    While one file is written, the one before it is summed up and flushed to disk.
+
+    Yields:
+        What puts a file into it, by its name and what writes it.
+    """
+    unfinished, sums = path.with_name(f".unfinished-{path.name}"), {}
     try:
-        folder.mkdir(parents=True)
-        yield
-    except BaseException as error:  # also Ctrl-C
-        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        with ThreadPoolExecutor() as pool:
+
+            def put(name: str, write: Callable[[Path], object]) -> None:
+                write(unfinished / name)
+                sums[name] = pool.submit(_sealed, unfinished / name)
+
+            yield put
+        manifest = json.dumps({name: sums[name].result() for name in sorted(sums)}, indent=1)
+        (unfinished / "manifest.json").write_text(f"{manifest}\n", encoding="utf-8")
+        flush(unfinished / "manifest.json")
+        flush(unfinished)
+        unfinished.rename(path)
+        flush(path.parent)
+    except BaseException as error:  # also Ctrl-C: what is not whole does not stay
+        shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, RuntimeError | SafetensorError):  # so the two libraries say it
             raise OSError(str(error).splitlines()[0]) from error
         raise
 
 
-def _seal(unfinished: Path, path: Path) -> None:
-    """Add the checksums, flush to disk, and give the folder its name."""
-    sums = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
-    (unfinished / "manifest.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-    for file in unfinished.iterdir():
-        flush(file)
-    flush(unfinished)
-    unfinished.rename(path)
-    flush(path.parent)
+def _pickled(state: dict[str, Any], file: Path) -> None:
+    """`torch.save` without a checksum of its own, which takes four times as long as the bytes."""
+    before = get_crc32_options()
+    try:
+        set_crc32_options(False)
+        torch.save(state, file)
+    finally:
+        set_crc32_options(before)
+
+
+def _sealed(file: Path) -> str:
+    """The checksum of a file that is on disk."""
+    found = _sha256(file)
+    flush(file)
+    return found
 
 
 def _models(state: State) -> dict[str, nn.Module]:
@@ -249,5 +271,9 @@ def _weights(model: nn.Module) -> Weights:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    found = hashlib.sha256()
+    part = bytearray(min(1 << 26, file.stat().st_size))  # large, so that threads seldom meet
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(part):
+            found.update(memoryview(part)[:count])
+    return found.hexdigest()
