@@ -1,18 +1,27 @@
 """Hostile and clumsy input: one sentence and a code that is not 0, never a traceback, a lost
 result, a hang, or code that was handed over and run."""
 
+import ast
 import contextlib
+import hashlib
+import io
+import pickle
 import random
+import re
 import shutil
+import tarfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hostile
+import numpy as np
 import pytest
 
-from cmbook import experiment, runs
+import cmbook
+from cmbook import experiment, perceptual, runs
 from cmbook.__main__ import main
-from cmbook.data import Images, Toy, inspect
+from cmbook.data import Images, Toy, fetch, inspect
 from cmbook.interop.foreign import skeleton
 
 TEXTS = {name: experiment.recipe_text(name) for name in experiment.recipes()}
@@ -229,3 +238,224 @@ def test_damaged_data_are_read_or_refused():
 @pytest.mark.slow
 def test_five_thousand_damaged_sets_are_read_or_refused():
     assert bad(range(1000, 6000), look) == []
+
+
+# models from elsewhere
+
+MODELS = hostile.models()
+
+
+def convert(files: dict[str, bytes], capsys) -> str:
+    """What `cmbook convert` says of a model, if it refuses it; then nothing is left of it."""
+    shutil.rmtree("out", ignore_errors=True)
+    laid(Path("model"), files)
+    name = next(iter(files))
+    source = f"model/{name}" if len(files) == 1 else "model"
+    heads = ["--head-channels", "16"] if name.startswith(("cd_", "a.")) else []
+    size = ["--image-size", "16"] if name.endswith(".msgpack") else []
+    kind = ["--kind", "consistency"] if name.endswith((".pt", ".safetensors", ".pkl")) else []
+    refused = told(capsys, ["convert", source, "out", *heads, *size, *kind])
+    assert not refused or not Path("out").exists()
+    assert not list(Path().glob(".unfinished*"))
+    return refused
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_that_are_spoiled_are_models(name, capsys):
+    assert convert(MODELS[name], capsys) == ""
+
+
+def spoiled_model(seed: int, capsys) -> None:
+    draw = random.Random(seed)
+    convert(hostile.model(MODELS[draw.choice(list(MODELS))], draw), capsys)
+
+
+def test_spoiled_models_are_read_or_refused(capsys):
+    assert bad(range(60), lambda seed: spoiled_model(seed, capsys)) == []
+
+
+@pytest.mark.slow
+def test_a_thousand_spoiled_models_are_read_or_refused(capsys):
+    assert bad(range(100, 1100), lambda seed: spoiled_model(seed, capsys)) == []
+
+
+# code, which no loader runs
+
+
+def dotted(node: ast.AST) -> str:
+    """`np.load` of the expression that says so."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+RISKY = re.compile(
+    r"(torch|np|numpy|torch\.jit|torch\.hub|pickle|joblib|dill|marshal|shelve|yaml|onnx)\.load\w*"
+    r"|pickle\.\w*Unpickler|np\.(memmap|fromfile)|tarfile\.open|zipfile\.ZipFile|gzip\.open"
+    r"|Image\.open|lmdb\.open|lpips\.LPIPS|datasets\.load_dataset|msgpack\.unpackb|load_file"
+    r"|json\.loads?|tomllib\.loads?|eval|exec|__import__|importlib\.\w+|os\.(system|popen)"
+    r"|subprocess\.\w+|\w+\.from_pretrained|shutil\.unpack_archive|runpy\.\w+"
+)
+
+
+def loaders() -> set[str]:
+    """Every place of the package that may read a file which holds code, and how."""
+    root, found = Path(cmbook.__file__).parent, set()
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = dotted(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+            if RISKY.fullmatch(name):
+                found.add(f"{path.relative_to(root).as_posix()} {name}")
+    return found
+
+
+INERT = {  # formats without code: text, tensors, pixels
+    *["experiment.py tomllib.loads", "runs.py tomllib.loads", "checkpoints.py json.loads"],
+    *["data/prepare.py json.loads", "data/readers.py json.loads", "references.py json.loads"],
+    *["reports.py json.loads", "interop/diffusers.py json.loads", "checkpoints.py load_file"],
+    *["features.py load_file", "interop/foreign.py load_file", "interop/flax.py np.memmap"],
+    *["interop/flax.py msgpack.unpackb", "data/readers.py np.memmap", "data/prepare.py np.memmap"],
+    *["data/readers.py gzip.open", "data/readers.py zipfile.ZipFile", "data/readers.py lmdb.open"],
+}
+
+
+def into(name: str, content: bytes) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content)
+    return name
+
+
+def evil_arrays() -> bytes:
+    return hostile.arrays(arr_0=np.array([hostile.Code(Path("RAN").resolve())], object))
+
+
+def by_resume(made, evil, monkeypatch):
+    shutil.copytree(made, "run")
+    step = sorted(Path("run/checkpoints").iterdir())[-1]
+    (step / "state.pt").write_bytes(evil)
+    hostile.seal(step)
+    recipe = into("faces.toml", FACES.replace("steps = 4", "steps = 2").encode())
+    return ["train", recipe, "training.steps=2", "--resume", "--out", "run"]
+
+
+def by_samples(made, evil, monkeypatch):
+    shutil.copytree(made, "run")
+    return ["evaluate", "run", "--samples", into("a.npz", evil_arrays()), "--features", "pixels"]
+
+
+def by_reference(made, evil, monkeypatch):
+    evil = np.array([hostile.Code(Path("RAN").resolve())], object)
+    file = into("a.npz", hostile.arrays(mu=evil, sigma=evil))
+    return ["evaluate", str(made), "--n", "20", "--reference", file, "--out", "e"]
+
+
+def by_inception(made, evil, monkeypatch):
+    digest = hashlib.sha256(evil).hexdigest()
+    hashed = ["--inception", into("i.pt", evil), "--inception-sha256", digest]
+    return ["evaluate", str(made), "--n", "20", "--features", "inception", *hashed, "--out", "e"]
+
+
+def by_trunk(made, evil, monkeypatch):
+    name = f"vgg16-{hashlib.sha256(evil).hexdigest()[:8]}.pth"
+    monkeypatch.setenv("TORCH_HOME", str(Path("torch").resolve()))
+    monkeypatch.setitem(perceptual.FILES, "vgg", (name, 528))
+    into(f"torch/hub/checkpoints/{name}", evil)
+    images = 'data={kind="Glyphs",size=32,color=true}'
+    knobs = ["training.steps=1", "training.batch_size=2", 'objective.distance={kind="LPIPS"}']
+    return ["train", into("faces.toml", FACES.encode()), images, *knobs, "training.save_every=1"]
+
+
+def by_address(made, evil, monkeypatch):
+    """A pickle whose array of objects lies over bytes of its own: addresses, once looked at."""
+    kind = b"cnumpy\ndtype\n(S'O'\ntR"
+    objects = b"cnumpy\nndarray\n((I1\nt" + kind + b"S'AAAAAAAA'\ntR"
+    program = b"(dS'data'\n" + objects + b"sS'labels'\n(lI0\nas."
+    into("set/data_batch_1", program)
+    return ["data", "check", "set"]
+
+
+def by_script(made, evil, monkeypatch):
+    text = "import os, datasets\nos.mkdir('RAN')\n"
+    into("set/set.py", text.encode())
+    return ["data", "check", f"hf://{Path('set').resolve()}"]
+
+
+def by_tar(made, evil, monkeypatch):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as packed:
+        for name in ("../RAN", str(Path("RAN").resolve()), "x/../../RAN"):
+            entry = tarfile.TarInfo(name)
+            entry.type = tarfile.DIRTYPE
+            packed.addfile(entry)
+            packed.addfile(tarfile.TarInfo(f"{name}/RAN"))
+        link = tarfile.TarInfo("data_batch_1")
+        link.type, link.linkname = tarfile.SYMTYPE, "/dev/zero"
+        packed.addfile(link)
+    file = Path(into("set.tar.gz", out.getvalue()))
+    remote = fetch.Remote(file.name, (file.resolve().as_uri(),), file.stat().st_size)
+    monkeypatch.setitem(fetch.DATASETS, "cifar10", (remote,))
+    main(["data", "get", "cifar10"])
+    return ["data", "check", "data/cifar10"]
+
+
+def by_postscript(made, evil, monkeypatch):
+    head = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    into("set/a.png", head + b"(RAN) (w) file\nshowpage\n")
+    return ["data", "check", "set", "--size", "8", "--sheet", "s.png"]
+
+
+def by_storage(made, evil, monkeypatch):
+    """A pickle that holds another, as the numbers of a tensor."""
+    call = b"ctorch.storage\n_load_from_bytes\n"
+    return ["convert", into("x.pkl", call + pickle.dumps((evil,), 2)[2:-1] + b"R."), "o"]
+
+
+def file_to(*arguments: str, name: str, objects: bool = False):
+    """A command that is given the file itself."""
+
+    def way(made, evil, monkeypatch):
+        file = into(name, evil_arrays() if objects else evil)
+        return [file if argument == "FILE" else argument for argument in arguments]
+
+    return way
+
+
+WAYS: dict[str, Any] = {
+    "checkpoints.py torch.load": by_resume,
+    "interop/openai.py torch.load": file_to("convert", "FILE", "o", name="cd_x.pt"),
+    "interop/inert.py pickle.Unpickler": file_to("convert", "FILE", "o", name="x.pkl"),
+    "interop/inert.py torch.load": by_storage,
+    "data/readers.py pickle._Unpickler": file_to("data", "check", "set", name="set/data_batch_1"),
+    "data/readers.py np.load": file_to("data", "check", "FILE", name="set.npy"),
+    "data/readers.py objects": file_to("data", "check", "FILE", name="set.npz", objects=True),
+    "data/readers.py addresses": by_address,
+    "references.py np.load": by_samples,
+    "references.py statistics": by_reference,
+    "features.py torch.jit.load": by_inception,
+    "perceptual.py lpips.LPIPS": by_trunk,
+    "perceptual.py torch.load": by_trunk,
+    "data/readers.py datasets.load_dataset": by_script,
+    "data/fetch.py tarfile.open": by_tar,
+    "data/prepare.py Image.open": by_postscript,
+}
+
+
+def test_every_loader_of_the_package_is_known():
+    """A new one needs a way in WAYS that hands it code, or a place among the formats without."""
+    assert loaders() - INERT - {*WAYS} == set()
+    assert loaders() >= INERT
+
+
+@pytest.mark.parametrize("kind", ["pickle", "archive"])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_loader_runs_the_code_of_a_file(way, kind, made, capsys, monkeypatch, request):
+    if way.startswith("perceptual"):
+        request.getfixturevalue("lpips")
+    if "datasets" in way:
+        pytest.importorskip("datasets")
+    marker = Path("RAN").resolve()
+    evil = hostile.code(marker) if kind == "pickle" else hostile.zipped(marker)
+    refused = told(capsys, WAYS[way](made, evil, monkeypatch))
+    ran = [path for path in marker.parent.rglob("RAN") if path.parent.name != "cifar10"]
+    assert ran == []
+    assert refused or way == "data/prepare.py Image.open"

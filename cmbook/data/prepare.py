@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CHUNK = 128  # pictures between two marks that a killed preparation goes on from
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # EPS, for one, is a program
 LARGEST = 100_000_000  # pixels of one picture
 Channels = int | None  # 1, 3, or whatever is there
 
@@ -71,7 +72,7 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
     """A picture from the bytes of its file, gray (`L`) or `RGB`; transparency lies on white.
 
     Args:
-        data: PNG, JPEG or whatever Pillow reads.
+        data: PNG, JPEG, BMP, GIF, WebP, TIFF or PPM.
         channels: 1 makes it gray, 3 makes it RGB; `None` leaves it what it is.
         upright: Whether to turn it the way its camera was held.
 
@@ -85,7 +86,7 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
     try:
         with warnings.catch_warnings():  # of sizes, which are measured here, and of odd remarks
             warnings.simplefilter("ignore")
-            picture: Image.Image = Image.open(io.BytesIO(data))
+            picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if picture.width * picture.height > LARGEST:
                 raise ValueError(f"is {picture.width}x{picture.height} pixels, which is too large")
             if picture.mode.startswith(("I", "F")):
