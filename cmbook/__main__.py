@@ -723,7 +723,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         return
     except OSError as error:
-        said, code = f"{error.strerror}: {error.filename}" if error.filename else str(error), 1
+        why = error.strerror or str(error)
+        said, code = f"{why}: {error.filename}" if error.filename else why, 1
     except ValueError as error:
         said, code = str(error), 1
     except (MemoryError, RuntimeError) as error:

@@ -5,6 +5,7 @@ filter while the short side is at least twice as large, resize with a bicubic fi
 short side fits, crop the center.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ from cmbook.data.readers import Bytes, Found, Pictures, Rows
 if TYPE_CHECKING:
     from PIL import Image
 
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 CHUNK = 128  # pictures between two marks that a killed preparation goes on from
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # EPS, for one, is a program
 LARGEST = 100_000_000  # pixels of one picture
@@ -170,12 +172,12 @@ def _cached(found: Pictures, size: int | None, channels: Channels, upright: bool
     if _fingerprint(place, shape) is None:
         try:
             _make(found, one, shape, place)
-        except PermissionError as error:
-            raise ValueError(
-                f"the cache {cache_folder()} cannot be written ({error.strerror}); the variable "
-                "CMBOOK_CACHE names another folder"
-            ) from error
         except OSError as error:
+            if error.errno in NO_PLACE:
+                raise ValueError(
+                    f"the cache {cache_folder()} cannot be written ({error.strerror}); the "
+                    "variable CMBOOK_CACHE names another folder"
+                ) from error
             raise OSError(error.errno, error.strerror, str(place)) from error
     images = np.memmap(place / "images.u8", np.uint8, "r", 0, shape)
     made = ["as stored" if size is None else "ADM center crop", *(["upright"] if upright else [])]
