@@ -18,6 +18,7 @@ import threading
 import time
 import tomllib
 import urllib.error
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -626,7 +627,7 @@ objective = { kind = "EDM" }
 SMALL = {
     "points": (TEXTS["toy/ct"], [*TINY, "training.clip=1.0", "training.also_average=[0.5]"]),
     "teacher": (TEXTS["toy/edm"], TINY),
-    "limit": (TEXTS["toy/continuous-ct"], TINY),
+    "limit": (TEXTS["toy/continuous-ct"].replace("teacher =", "# teacher ="), TINY),
     "pictures": (PICTURES, TINY[:2]),
 }
 TAKES_TIME = ("steps", "save_every", "compile")  # what is accepted of them is not wrong, but long
@@ -709,3 +710,146 @@ def test_mutated_recipes_are_estimated_or_refused(capsys):
 @pytest.mark.slow
 def test_a_hundred_mutated_recipes_are_estimated_or_refused(capsys):
     assert bad(accepted(100, 2000), lambda seed: estimated(seed, capsys)) == []
+
+
+# places and files that are no plain ones
+
+
+def bomb(name: str) -> bytes:
+    """An archive with a member that unpacks to 3 GB of nothing."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        if not name.endswith(".npy"):
+            packed.writestr("a.png", hostile.picture())
+        with packed.open(name, "w", force_zip64=True) as member:
+            if name.endswith(".npy"):
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "|u1", "fortran_order": False, "shape": (3 << 30,)}
+                )
+            for _ in range(3 << 6):
+                member.write(bytes(1 << 24))
+    return out.getvalue()
+
+
+def a_pipe(folder: Path) -> str:
+    os.mkfifo(folder / "x.png")
+    return "x.png is no plain file"
+
+
+def a_batch_that_is_a_pipe(folder: Path) -> str:
+    os.mkfifo(folder / "data_batch_1")
+    return "is no plain file"
+
+
+def arrays_that_are_a_pipe(folder: Path) -> str:
+    os.mkfifo(folder / "x.npz")
+    return "holds no pictures"
+
+
+def a_ring_of_links(folder: Path) -> str:
+    (folder / "a.png").write_bytes(hostile.picture())
+    for name in ("one", "two", "three"):
+        (folder / name).symlink_to(folder)
+    return "the class 'one' has no pictures"
+
+
+def a_thread(folder: Path) -> str:
+    (folder / "long.png").write_bytes(hostile.picture(size=(200_000, 1)))
+    return "is 200000x1 pixels, which is too narrow"
+
+
+def a_huge_table(folder: Path) -> str:
+    (folder / "set.zip").write_bytes(bomb("dataset.json"))
+    return "dataset.json cannot be read as labels"
+
+
+def a_huge_array(folder: Path) -> str:
+    (folder / "set.npz").write_bytes(bomb("arr_0.npy"))
+    return "would unpack to 3.2 GB"
+
+
+PLACES = [
+    *[a_pipe, a_batch_that_is_a_pipe, arrays_that_are_a_pipe, a_ring_of_links, a_thread],
+    *[pytest.param(make, marks=pytest.mark.slow) for make in (a_huge_table, a_huge_array)],
+]
+
+
+@pytest.mark.parametrize("make", PLACES)
+def test_a_set_that_never_ends_or_unpacks_without_end_is_refused(make, here, capsys):
+    Path("set").mkdir()
+    says = make(here / "set")
+    archive = next(Path("set").glob("set.*"), Path("set"))
+    with hostile.bounded(60):
+        said = told(capsys, ["data", "reference", str(archive), "r.npz", "--size", "64",
+                             "--features", "pixels"])  # fmt: skip
+    assert says in said
+    assert not Path("r.npz").exists()
+
+
+@pytest.mark.parametrize("option", ["--image", "--samples", "--reference", "--inception", ""])
+@pytest.mark.parametrize("odd", ["pipe", "/dev/zero", "folder"])
+def test_what_is_no_plain_file_is_not_waited_for(option, odd, desk, capsys):
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    commands = {
+        "--image": ["edit", "run", "--task", "denoise"],
+        "--samples": ["evaluate", "run", "--features", "pixels"],
+        "--reference": ["evaluate", "run", "--features", "pixels", "--n", "20"],
+        "--inception": ["evaluate", "run", "--features", "inception", "--n", "20"],
+        "": ["compare", odd],
+    }
+    with hostile.bounded(10):
+        assert told(capsys, [*commands[option], *([option] if option else []), odd])
+        assert told(capsys, ["convert", odd, "out"])
+        assert told(capsys, ["train", "digits/edm", f"teacher={odd}"])
+
+
+WRITERS = {
+    "picture": (["sample", "run", "--n", "2", "--out", "kept/a.png"], "a.png"),
+    "numbers": (["sample", "run", "--n", "2", "--out", "kept/a.npz"], "a.npz"),
+    "edit": (
+        ["edit", "run", "--task", "denoise", "--image", "p.png", "--out", "kept/e.png"], "e.png",
+    ),
+    "report": (
+        ["evaluate", "run", "--n", "20", "--features", "pixels", "--rounds", "0", "--out", "kept"],
+        "report.json",
+    ),
+    "statistics": (
+        ["data", "reference", "set", "kept/r.npz", "--size", "8", "--features", "pixels"], "r.npz",
+    ),
+    "notebooks": (["notebooks", "kept", "--overwrite"], "01_noise_and_the_score.ipynb"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_what_cannot_be_written_leaves_the_older_file(case, desk, capsys, monkeypatch):
+    command, name = WRITERS[case]
+    into(f"kept/{name}", b"older")
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if "kept" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert "No space left on device" in told(capsys, command)
+    assert [(path.name, path.read_bytes()) for path in Path("kept").iterdir()] == [(name, b"older")]
+    assert told(capsys, command) == ""
+    assert Path("kept", name).read_bytes() != b"older"
+
+
+NOWHERE = ["faces.toml/a.npz", "/proc/a.npz", "/dev/null/a.npz", f"{'x' * 300}.npz"]
+
+
+@pytest.mark.parametrize("place", NOWHERE)
+def test_a_place_that_cannot_be_written_is_said_in_a_sentence(place, desk, capsys):
+    assert told(capsys, ["sample", "run", "--n", "2", "--out", place])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_recipes_that_are_made_silly_train(name, capsys):
+    into("plain.toml", experiment.dumps(experiment.loads(*SMALL[name])).encode())
+    assert told(capsys, ["train", "plain.toml", "--out", "run"]) == ""
+    assert runs.load(Path("run")).finished
