@@ -722,18 +722,22 @@ def main(arguments: list[str] | None = None) -> None:
             command()
         finally:
             _flush()
+        return
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         return
     except OSError as error:
-        _stop(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        why = error.strerror or str(error)
+        said, code = f"{why}: {error.filename}" if error.filename else why, 1
     except ValueError as error:
-        _stop(str(error))
+        said, code = str(error), 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(BEYOND_MEMORY, str(error), re.I):
             raise
-        _stop("not enough memory; ask for a smaller batch or network, fewer levels or samples")
+        said = "not enough memory; ask for a smaller batch or network, fewer levels or samples"
+        code = 1
     except KeyboardInterrupt as stop:
-        _stop(str(stop) or "stopped", 130)
+        said, code = str(stop) or "stopped", 130
+    _stop(said, code)  # only here, when the error has let go of its bars, which clear their lines
 
 
 def _flush() -> None:

@@ -191,6 +191,7 @@ def _pretrained(net: Trunk) -> nn.Module:
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if file.is_file():
         _check(file)
+        _check_inert(file)
     try:
         with warnings.catch_warnings():  # the package speaks to torchvision as of old
             warnings.simplefilter("ignore", UserWarning)
@@ -213,6 +214,17 @@ def _check(file: Path) -> None:
             f"{file} is not whole, or another file: its SHA-256 begins with {found[:8]}; put it "
             f"there anew from {URL}{file.name}"
         )
+
+
+def _check_inert(file: Path) -> None:
+    """Refuse a file that holds code: eight digits can be forged, and torchvision would run it."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive may raise anything
+        raise ValueError(
+            f"{file} holds more than tensors, and was not loaded; put it there anew from "
+            f"{URL}{file.name}"
+        ) from error
 
 
 def _package() -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmbook.data.prepare import decoded
+from cmbook.data.readers import bounded
 from cmbook.editing import (
     STROKE_SIGMAS,
     Downsampling,
@@ -54,7 +55,7 @@ def read_picture(path: Path, channels: int, size: tuple[int, int], *, fit: bool 
     """A picture file as one image `(1, channels, height, width)` in [-1, 1].
 
     Args:
-        path: A PNG, JPEG or whatever Pillow reads.
+        path: PNG, JPEG, BMP, GIF, WebP, TIFF or PPM.
         channels: 1 turns it gray, 3 makes it RGB; transparency lies on white.
         size: Height and width.
         fit: Whether a picture of another size is cropped at its center and resized.
@@ -84,7 +85,7 @@ def _opened(path: Path, channels: int) -> "Image.Image":
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels; this model has {channels}")
     try:
-        return decoded(path.read_bytes(), channels)
+        return decoded(bounded(path), channels)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
 

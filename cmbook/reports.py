@@ -20,6 +20,7 @@ import cmbook
 from cmbook import clouds, disk, references
 from cmbook.data import Data, ImageData
 from cmbook.data.images import images
+from cmbook.data.readers import bounded
 from cmbook.evaluation import (
     Moments,
     bootstrap,
@@ -312,15 +313,16 @@ def compare(first: Path, second: Path, *, comparable_anyway: bool = False) -> st
 
 def _read(path: Path) -> Report:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        report = json.loads(bounded(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no report of cmbook evaluate: {error}") from error
     if not isinstance(report, dict) or not isinstance(report.get("figures"), dict):
         raise ValueError(f"{path} is no report of cmbook evaluate: it has no figures")
     for name, value in report["figures"].items():
         kinds = value.values() if isinstance(value, dict) else [value]
-        named = not isinstance(value, dict) or {"value"} <= {*value} or {"mean", "std"} <= {*value}
-        if not named or not all(isinstance(number, int | float) for number in kinds):
+        known = ({"value"}, {"value", "low", "high", "bias"}, {"mean", "std"})
+        named = not isinstance(value, dict) or {*value} in known
+        if not named or not all(isinstance(n, int | float) and abs(n) < 1e300 for n in kinds):
             raise ValueError(f"{path} is no report of cmbook evaluate: {name} is no figure")
     return report
 

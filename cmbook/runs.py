@@ -599,6 +599,10 @@ def _claim(
 def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bool) -> None:
     """What can be said of a folder before anything is read: several rounds ask at the start."""
     there, saved = folder / "experiment.toml", folder / "checkpoints"
+    try:
+        str(folder.resolve()).encode()  # safetensors would write there, and could not read
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{folder} is no name in UTF-8; --out names another folder") from error
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; --out names the folder of a run")
     if teacher is not None:

@@ -1,5 +1,6 @@
 """Hostile input: mutations of good files, each a function of its seed; guards against excess."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -8,22 +9,26 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import string
 import struct
 import tomllib
 import traceback
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgpack
 import numpy as np
 import safetensors.torch
 import tomli_w
 import torch
+from conftest import GOLDEN
 from PIL import Image
 
 SECONDS = 20  # that one file may take; what hangs, takes longer
@@ -177,22 +182,29 @@ class TooLong(BaseException):
 
 @contextmanager
 def bounded(seconds: float = SECONDS, room: int = ROOM) -> Iterator[None]:
-    """Let nothing inside take longer, or more memory."""
+    """Let nothing inside take longer, or more memory.
+
+    Seconds are the processor's, so that a busy machine does not count; who waits for ever, as at
+    a pipe, takes none of them, and is stopped after six times as many.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise TooLong(f"more than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + room, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
+        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
@@ -482,3 +494,161 @@ def data_sets() -> dict[str, dict[str, bytes]]:
 
 
 KINDS = ("png", "jpeg", "bmp", "gif", "webp", "tiff", "ppm")
+
+
+# models from elsewhere
+
+
+def models() -> dict[str, dict[str, bytes]]:
+    """Small models in the formats that `cmbook convert` reads."""
+    unet = weights("unet_A")
+    edm = weights("edm_ddpmpp")
+    theirs = GOLDEN / "diffusers_pipeline"
+    pipeline = [path for path in theirs.rglob("*") if path.is_file()]
+    folder = {path.relative_to(theirs).as_posix(): path.read_bytes() for path in pipeline}
+    bare = {name: content for name, content in folder.items() if name.endswith(".json")}
+    tensors = safetensors.torch.load(folder["unet/diffusion_pytorch_model.safetensors"])
+    return {
+        "openai": {"cd_imagenet64_l2.pt": saved(unet)},
+        "openai, old": {"cd_imagenet64_l2.pt": saved(unet, False)},
+        "safetensors": {"a.safetensors": safetensors.torch.save(unet)},
+        "edm": {"edm.pkl": nvidia(edm)},
+        "edm, bare": {"edm.pt": saved(edm)},
+        "jcm": {"cd-l2.msgpack": flax(weights("jax_ncsnpp_teacher"))},
+        "diffusers": folder,
+        "diffusers, bin": bare | {"unet/diffusion_pytorch_model.bin": saved(tensors)},
+    }
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    """Stored ones, in their official layout."""
+    stored = safetensors.torch.load_file(GOLDEN / f"{name}_weights.safetensors")
+    return {key: weight.float() for key, weight in stored.items()}
+
+
+def saved(value: Any, new: bool = True) -> bytes:
+    """As PyTorch writes it."""
+    out = io.BytesIO()
+    torch.save(value, out, _use_new_zipfile_serialization=new)
+    return out.getvalue()
+
+
+def flax(weights: dict[str, torch.Tensor]) -> bytes:
+    """A training of openai/consistency_models_cifar10, as flax writes it."""
+    tree: dict[str, Any] = {}
+    for name, weight in weights.items():
+        *folders, last = name.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        parts = (tuple(weight.shape), str(weight.numpy().dtype), weight.numpy().tobytes())
+        inner[last] = msgpack.ExtType(1, msgpack.packb(parts))
+    return msgpack.packb({"step": 1, "params_ema": tree, "params": tree})
+
+
+class _Blind(pickle._Pickler):
+    """Writes names of modules that are not here."""
+
+    dispatch: ClassVar[dict[Any, Any]] = pickle._Pickler.dispatch.copy()
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        self.write(pickle.GLOBAL + f"{obj.__module__}\n{obj.__qualname__}\n".encode())
+        self.memoize(obj)
+
+    dispatch[types.FunctionType] = save_global
+    dispatch[type] = save_global
+
+
+def _reconstruct_persistent_obj(meta: Any) -> None:
+    raise AssertionError("the official constructor was called")
+
+
+_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+
+
+class _Persistent:
+    """A module of NVIDIA's, as their pickles hold it."""
+
+    def __init__(self, kind: str, **state: Any) -> None:
+        self.kind, self.state = kind, state
+
+    def __reduce__(self) -> Any:
+        meta = {"class_name": self.kind, "module_src": "1 / 0", "state": self.state}
+        return _reconstruct_persistent_obj, (meta,)
+
+
+def nvidia(weights: dict[str, torch.Tensor]) -> bytes:
+    """A network of NVlabs/edm in a pickle of its format."""
+
+    def node(inner: dict[str, Any], kind: str = "Block") -> _Persistent:
+        own = {n: w for n, w in inner.items() if isinstance(w, torch.Tensor)}
+        below = {n: node(w) for n, w in inner.items() if not isinstance(w, torch.Tensor)}
+        return _Persistent(kind, _parameters=own, _buffers={}, _modules=below)
+
+    tree: dict[str, Any] = {}
+    for name, weight in weights.items():
+        *folders, last = name.split(".")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = weight
+    out = io.BytesIO()
+    _Blind(out, 3).dump({"ema": node(tree, "EDMPrecond")})
+    return out.getvalue()
+
+
+def misnamed(weights: dict[str, torch.Tensor], draw: random.Random) -> dict[str, Any]:
+    """Tensors with other names, shapes, types or numbers."""
+    changed: dict[Any, Any] = dict(weights)
+    for _ in range(draw.choice([1, 1, 3])):
+        name = draw.choice(sorted(map(str, changed)))
+        weight = changed.get(name)
+        how = draw.randrange(7)
+        if how == 0:
+            changed.pop(name, None)
+        elif how == 1:
+            other = draw.choice(["9" * 12, "-1", "x", "", "7", "\n", "99"])
+            changed[re.sub(r"\d+", other, name, count=1)] = changed.pop(name, weight)
+        elif how == 2 and isinstance(weight, torch.Tensor):
+            shape = draw.choice([(0,), (), (1,) * 9, (2, *weight.shape), tuple(weight.shape[:-1])])
+            changed[name] = torch.zeros(shape)
+        elif how == 3 and isinstance(weight, torch.Tensor):
+            types = [torch.int64, torch.bool, torch.bfloat16, torch.complex64, torch.float64]
+            changed[name] = weight.to(draw.choice(types))
+        elif how == 4 and isinstance(weight, torch.Tensor):
+            changed[name] = torch.full_like(weight, draw.choice([math.nan, math.inf, 1e38]))
+        elif how == 5 and isinstance(weight, torch.Tensor):
+            changed[name] = weight[..., : max(1, weight.shape[-1] // 2)] if weight.ndim else weight
+        else:
+            changed[name] = draw.choice([weight, None, "x", 3, [], {}, torch.zeros(1, 2**16)])
+    return changed
+
+
+def model(files: dict[str, bytes], draw: random.Random) -> dict[str, bytes]:
+    """A model's files, one of them spoiled."""
+    files = files.copy()
+    name = draw.choice(list(files))
+    content = files[name]
+    if name.endswith(".json"):
+        table = json.loads(content)
+        table[draw.choice(sorted(table))] = draw.choice([v for v in ODD if v != 10**40])
+        text = json.dumps(table).encode()
+        files[name] = draw.choice([text, text, text, damaged(content, draw), b"[" * 10**5])
+    elif draw.random() < 0.5:
+        files[name] = damaged(content, draw)
+    else:
+        source = "edm_ddpmpp" if "edm" in name else "jax_ncsnpp_teacher"
+        source = source if name.endswith(("edm.pt", ".pkl", ".msgpack")) else "unet_A"
+        changed = misnamed(weights(source), draw)
+        plain = {str(n): w for n, w in changed.items() if isinstance(w, torch.Tensor)}
+        real = {n: w.float() for n, w in plain.items() if not w.is_complex()}
+        if name.endswith(".safetensors"):
+            files[name] = safetensors.torch.save({n: w.contiguous() for n, w in plain.items()})
+        elif name.endswith(".msgpack"):
+            files[name] = flax(real)
+        elif name.endswith(".pkl"):
+            with contextlib.suppress(TypeError, AttributeError):  # a name inside a name
+                files[name] = nvidia(plain)
+        else:
+            files[name] = saved(changed, draw.random() < 0.8)
+    return files

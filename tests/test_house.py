@@ -50,7 +50,7 @@ THIRD_PARTY = {
 }
 STANDARD = {
     "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
-    "dataclasses", "datetime", "difflib", "fcntl", "functools", "gzip", "hashlib", "http",
+    "dataclasses", "datetime", "difflib", "errno", "fcntl", "functools", "gzip", "hashlib", "http",
     "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
     "shlex", "shutil", "signal", "socket", "statistics", "struct", "sys", "tarfile", "threading",
     "time", "tomllib", "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",

@@ -5,6 +5,7 @@ import os
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -164,6 +165,13 @@ def _wrong(file: Path, remote: Remote) -> str | None:
 
 def _unpack(file: Path, place: Path) -> None:
     """The files of an archive, without its folders; each whole or not there at all."""
+    try:
+        _unpack_each(file, place)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be unpacked: {error}") from error
+
+
+def _unpack_each(file: Path, place: Path) -> None:
     with tarfile.open(file) as packed:
         for entry in packed:
             name = Path(entry.name).name

@@ -5,6 +5,7 @@ filter while the short side is at least twice as large, resize with a bicubic fi
 short side fits, crop the center.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -26,7 +27,9 @@ from cmbook.data.readers import Bytes, Found, Pictures, Rows
 if TYPE_CHECKING:
     from PIL import Image
 
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 CHUNK = 128  # pictures between two marks that a killed preparation goes on from
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # EPS, for one, is a program
 LARGEST = 100_000_000  # pixels of one picture
 Channels = int | None  # 1, 3, or whatever is there
 
@@ -71,7 +74,7 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
     """A picture from the bytes of its file, gray (`L`) or `RGB`; transparency lies on white.
 
     Args:
-        data: PNG, JPEG or whatever Pillow reads.
+        data: PNG, JPEG, BMP, GIF, WebP, TIFF or PPM.
         channels: 1 makes it gray, 3 makes it RGB; `None` leaves it what it is.
         upright: Whether to turn it the way its camera was held.
 
@@ -85,7 +88,7 @@ def decoded(data: bytes, channels: Channels, upright: bool = True) -> "Image.Ima
     try:
         with warnings.catch_warnings():  # of sizes, which are measured here, and of odd remarks
             warnings.simplefilter("ignore")
-            picture: Image.Image = Image.open(io.BytesIO(data))
+            picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if picture.width * picture.height > LARGEST:
                 raise ValueError(f"is {picture.width}x{picture.height} pixels, which is too large")
             if picture.mode.startswith(("I", "F")):
@@ -169,12 +172,12 @@ def _cached(found: Pictures, size: int | None, channels: Channels, upright: bool
     if _fingerprint(place, shape) is None:
         try:
             _make(found, one, shape, place)
-        except PermissionError as error:
-            raise ValueError(
-                f"the cache {cache_folder()} cannot be written ({error.strerror}); the variable "
-                "CMBOOK_CACHE names another folder"
-            ) from error
         except OSError as error:
+            if error.errno in NO_PLACE:
+                raise ValueError(
+                    f"the cache {cache_folder()} cannot be written ({error.strerror}); the "
+                    "variable CMBOOK_CACHE names another folder"
+                ) from error
             raise OSError(error.errno, error.strerror, str(place)) from error
     images = np.memmap(place / "images.u8", np.uint8, "r", 0, shape)
     made = ["as stored" if size is None else "ADM center crop", *(["upright"] if upright else [])]

@@ -318,7 +318,7 @@ def folder(root: Path) -> Pictures:
     facts = [(name, file.stat()) for name, file in zip(names, files, strict=True)]
     stamp = _stamp([str(root.resolve()), *((n, s.st_size, s.st_mtime_ns) for n, s in facts)])
     label, classes = _classes(names, str(root))
-    return Pictures(tuple(names), lambda i: _bounded(files[i]), stamp, str(root), label, classes)
+    return Pictures(tuple(names), lambda i: bounded(files[i]), stamp, str(root), label, classes)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -422,7 +422,8 @@ def export_lsun(database: Path, folder: Path, limit: int | None = None) -> int:
         How many pictures the folder now has of the database.
 
     Raises:
-        ValueError: If the package `lmdb` is missing, or there is no such database.
+        ValueError: If the package `lmdb` is missing, there is no such database, or the limit is
+            not positive.
 
     Source: Yu et al. (2015), LSUN (format).
     """
@@ -432,6 +433,8 @@ def export_lsun(database: Path, folder: Path, limit: int | None = None) -> int:
         raise ValueError("LSUN's databases need a package: pip install 'cmbook[lsun]'") from error
     from tqdm import tqdm
 
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 picture; got {limit}")
     if not (database / "data.mdb").is_file():
         raise ValueError(
             f"{database} holds no data.mdb; name the folder that LSUN's .zip unpacks to"
@@ -624,7 +627,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _unpickled(file: Path) -> dict[Any, Any]:
     try:
-        read = _Inert(io.BytesIO(_bounded(file, IN_MEMORY)), encoding="bytes").load()
+        read = _Inert(io.BytesIO(bounded(file, IN_MEMORY)), encoding="bytes").load()
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(read, dict):
@@ -684,8 +687,16 @@ def _checked(label: NDArray[Any], n: int, origin: Path) -> Label:
     return label.astype(np.int64)
 
 
-def _bounded(file: Path, most: int = LARGEST_FILE) -> bytes:
-    """What a plain file holds; a pipe may never end, and neither does /dev/zero."""
+def bounded(file: Path, most: int = LARGEST_FILE) -> bytes:
+    """What a plain file holds; a pipe may never end, and neither does /dev/zero.
+
+    Raises:
+        ValueError: If it is no plain file, or a larger one.
+
+    Source: ours.
+    """
+    if not file.exists():
+        raise ValueError("does not exist")
     if not file.is_file():
         raise ValueError("is no plain file")
     if file.stat().st_size > most:

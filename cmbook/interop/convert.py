@@ -48,6 +48,8 @@ def read(
             f"there is nothing at {path}; `cmbook get` lists the official checkpoints, and "
             "`cmbook get NAME` fetches one"
         )
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path} is neither a file nor a folder")
     if (path / "manifest.json").is_file():
         raise ValueError(f"{path} is a folder of cmbook already: cmbook sample {path}")
     try:

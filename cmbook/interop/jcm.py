@@ -237,6 +237,8 @@ def _architecture(
 ) -> tuple[NCSNpp, tuple[int, ...]]:
     """The network, read off names and shapes."""
     residuals, attentions = (_count(state, part) for part in (BLOCK, ATTENTION))
+    if max(residuals, attentions) > len(state):
+        raise ValueError(f"{origin}: its blocks are numbered beyond the number of its weights")
     resamples = [  # they alone project without need
         k
         for k in range(residuals)
