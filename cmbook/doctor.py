@@ -622,23 +622,24 @@ def _data_range(p: _Patient) -> Iterator[Finding]:
 
 def _data_variety(p: _Patient) -> Iterator[Finding]:
     x = p.seen.x.flatten(1)
+    many = x.shape[1] >= 16  # in few dimensions, flat samples and near neighbors are as they should
+    if many:
+        flat = float((x.std(1, correction=0) < 1e-3).double().mean())
+        cause = f"{flat:.0%} of the samples are constant: one flat color"
+        yield _found("data constant", flat, _over(flat, 0.02, 0.2), cause)
     distinct = len(torch.unique(x, dim=0))
     copies = 1 - distinct / len(x)
     # Drawn without end, even simple things repeat; a set should hold everything once.
     bad = _over(copies, 0.3) if p.length is None and distinct > 100 else _over(copies, 0.1, 0.5)
     cause = f"the data repeat themselves: of {len(x)} samples only {distinct} differ"
     yield _found("data copies", copies, bad, cause)
-    if x.shape[1] < 16:
-        return  # in few dimensions, constant samples and near neighbors are as they should be
-    flat = float((x.std(1, correction=0) < 1e-3).double().mean())
-    cause = f"{flat:.0%} of the samples are constant: one flat color"
-    yield _found("data constant", flat, _over(flat, 0.02, 0.2), cause)
-    rows = torch.unique(x[:512], dim=0).double()
-    apart = torch.cdist(rows, rows)
-    typical = float(apart.median())
-    near = float((apart.fill_diagonal_(math.inf).amin(1) < 0.02 * typical).double().mean())
-    cause = "the data repeat themselves: most samples are nearly the same few"
-    yield _found("data near-copies", near, _over(near, 0.1, 0.5), cause)
+    if many:
+        rows = torch.unique(x[:512], dim=0).double()
+        apart = torch.cdist(rows, rows)
+        typical = float(apart.median())
+        near = float((apart.fill_diagonal_(math.inf).amin(1) < 0.02 * typical).double().mean())
+        cause = "the data repeat themselves: most samples are nearly the same few"
+        yield _found("data near-copies", near, _over(near, 0.1, 0.5), cause)
 
 
 def _data_layout(p: _Patient) -> Iterator[Finding]:
@@ -1039,7 +1040,7 @@ def _labels_heard(p: _Patient, model: Denoiser, name: str, whose: str) -> Iterat
     world = Dataset(x[n:].to(p.device), label[n:].to(p.device))
     levels = [sigma for sigma in p.levels if sigma > 0.4 * p.std]
     could, does = (_gain(each, batch, levels, classes) for each in (world.denoiser, model))
-    if max(could) < 0.05:
+    if max(could, default=0.0) < 0.05:
         return  # then labels say nothing that could be heard
     heard = max(d / c for d, c in zip(does, could, strict=True) if c > max(could) / 2)
     cause = (
@@ -1169,7 +1170,7 @@ def _loss_by_sigma(p: _Patient) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[_Patient], Iterator[Finding]], ...] = (  # upstream first
-    *(_finite, _data_range, _data_variety, _data_layout, _data_labels, _noise_range, _boundary),
+    *(_finite, _data_variety, _data_range, _data_layout, _data_labels, _noise_range, _boundary),
     *(_teacher, _progress, _reach, _moved, _curves, _averages, _levels, _coverage, _same_data),
     *(
         _hears_sigma,
