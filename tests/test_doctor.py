@@ -215,7 +215,7 @@ BROKEN = {
     "deaf": Case(RING, "does not hear sigma", deaf),
     "nan": Case(RING, "NaN", edit=edited(with_nan, "average")),
     "coarse": Case(
-        taught(RING, replace(CD, levels=3, solver="euler")), "too few noise levels, N = 3"
+        taught(RING, replace(CD, levels=3, solver="euler")), "objective.levels = 3 are too few"
     ),
     "boundary": Case(taught(RING, scalings=EDMScalings()), "boundary is violated"),
     "sigma_max": Case(ranged(RING, sigma_max=1.0), "sigma_max = 1 is too small"),
