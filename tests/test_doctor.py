@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,10 +34,13 @@ from cmbook import (
     run,
     training,
 )
+from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
 from cmbook.experiment import Sampling, Training
-from cmbook.noise import LogNormal
+from cmbook.losses import edm, regression
+from cmbook.noise import LogNormal, add_noise
 from cmbook.parameterization import VEScalings
+from cmbook.runs import students
 from cmbook.training import Adam, RAdam
 
 
@@ -49,7 +53,7 @@ def ranged(recipe, **knobs):
 
 
 TRAINING = Training(
-    steps=700, batch_size=256, optimizer=Adam(3e-3), decay="cosine", average_decay=0.98,
+    steps=500, batch_size=256, optimizer=Adam(3e-3), decay="cosine", average_decay=0.98,
     save_every=10_000,
 )  # fmt: skip
 RING = Experiment(
@@ -61,6 +65,7 @@ DIGITS = replace(
     objective=EDM(sigma_law=LogNormal(-0.3)),
     noise_range=NoiseRange(sigma_max=20.0, sigma_data=0.75),
 )  # fmt: skip
+BRIEF = trains(RING, steps=250)
 QUICK = trains(DIGITS, steps=60, average_decay=0.9)  # what is wrong with data shows at once
 CD = ConsistencyDistillation(levels=12, distance=PseudoHuber(), weight="inverse_gap")
 CT = ConsistencyTraining(
@@ -68,7 +73,7 @@ CT = ConsistencyTraining(
 )
 
 
-def taught(recipe, objective=CD, teacher="edm", scalings=None):
+def taught(recipe, objective=CD, scalings=None, teacher="edm"):
     """The recipe of a student; the teacher is a case."""
     scalings = scalings or ConsistencyScalings()
     return replace(recipe, objective=objective, scalings=scalings, network=None, teacher=teacher)
@@ -82,13 +87,14 @@ class Case:
     """A run, and what is done to it that no recipe says.
 
     Attributes:
-        recipe: What it is made from. A teacher is the name of another case.
+        recipe: What it is made from, with the name of another case as teacher. Or such a name: then
+            it is a copy of that run.
         cause: What the headline of a broken run says.
         fault: Holds while training and while it is examined.
         edit: Done to its folder afterwards.
     """
 
-    recipe: Experiment
+    recipe: Experiment | str
     cause: str = ""
     fault: Callable[[], AbstractContextManager] = nullcontext
     edit: Callable[[Path], None] = lambda folder: None
@@ -134,6 +140,21 @@ def frozen():
         return torch.optim.Adam(own, self.lr)
 
     return mock.patch.object(Adam, "build", build)
+
+
+def uphill():
+    """The loss with the wrong sign."""
+
+    def regress(*given):
+        loss = regression.regress(*given)
+        return replace(loss, value=-loss.value)
+
+    return mock.patch.object(edm, "regress", regress)
+
+
+def half_the_noise():
+    """Training adds less noise than it says."""
+    return mock.patch.object(edm, "add_noise", lambda x, noise, s: add_noise(x, noise, s / 2))
 
 
 def target_left_behind():
@@ -185,44 +206,62 @@ def with_nan(w):
 
 GOOD = {
     "edm": Case(RING),
-    "cd": Case(taught(RING)),
-    "ct, levels grow": Case(
-        replace(trains(RING, steps=1200), objective=CT, scalings=ConsistencyScalings())
+    "cd": Case(taught(trains(RING, steps=400))),
+    "ct": Case(replace(RING, objective=CT, scalings=ConsistencyScalings())),
+    "continuous cd": Case(
+        taught(trains(RING, optimizer=RAdam(1e-3), steps=300), ContinuousDistillation())
     ),
-    "continuous cd": Case(taught(trains(RING, optimizer=RAdam(1e-3)), ContinuousDistillation())),
     "progressive": Case(
-        taught(RING, ProgressiveDistillation(steps=8, last=4), scalings=EDMScalings())
+        taught(trains(RING, steps=150), ProgressiveDistillation(steps=4, last=2), EDMScalings())
     ),
     "digits": Case(DIGITS),
-    "digits cd": Case(taught(DIGITS, CD, "digits")),
+    "digits cd": Case(taught(trains(DIGITS, steps=150), teacher="digits")),
+    "short": Case(trains(RING, steps=100, average_decay=0.95)),
 }
 BROKEN = {
-    "sigma_data": Case(ranged(RING, sigma_data=5.0), "sigma_data is 5, .* std is 0.49"),
+    # the data
     "bytes": Case(QUICK, r"data lie in \[0, 255\]", digits_as(bytes_)),
     "labels": Case(QUICK, "labels are shuffled", digits_as(shuffled)),
     "constant": Case(QUICK, "constant: one flat color", digits_as(constant)),
     "copies": Case(QUICK, "data repeat themselves", digits_as(copied)),
     "layout": Case(QUICK, "reshaped wrongly", digits_as(scrambled)),
-    "rate too high": Case(trains(RING, optimizer=Adam(0.5)), "learning rate.* too high"),
-    "rate too low": Case(trains(RING, optimizer=Adam(1e-7)), "learning rate.* too low"),
-    "average": Case(trains(RING, average_decay=0.9999), "average still remembers"),
-    "teacher in another dress": Case(taught(RING, CD, "ve"), "teacher is "),
-    "teacher of other data": Case(taught(RING, CD, "moons"), "teacher is made for other data"),
-    "frozen": Case(RING, "student is frozen", frozen),
-    "target": Case(
-        taught(RING, replace(CD, decay=0.95)), "target does not move", target_left_behind
-    ),
-    "deaf": Case(RING, "does not hear sigma", deaf),
-    "nan": Case(RING, "NaN", edit=edited(with_nan, "average")),
+    # the recipe
+    "sigma_data": Case(ranged(BRIEF, sigma_data=5.0), "sigma_data is 5, .* std is 0.49"),
+    "sigma_max": Case(ranged(BRIEF, sigma_max=1.0), "sigma_max = 1 is too small"),
+    "boundary": Case("cd", "boundary is violated", edit=rewritten("ConsistencyS", "EDMS")),
     "coarse": Case(
-        taught(RING, replace(CD, levels=3, solver="euler")), "objective.levels = 3 are too few"
+        taught(BRIEF, replace(CD, levels=3, solver="euler")), "objective.levels = 3 are too few"
     ),
-    "boundary": Case(taught(RING, scalings=EDMScalings()), "boundary is violated"),
-    "sigma_max": Case(ranged(RING, sigma_max=1.0), "sigma_max = 1 is too small"),
+    "levels drawn": Case(
+        replace(BRIEF, objective=EDM(sigma_law=LogNormal(-6.0, 0.5))), "hardly ever trained"
+    ),
+    # the teacher
+    "teacher in another dress": Case(taught(QUICK, teacher="ve"), "well in VEScalings"),
+    "teacher of other data": Case(taught(BRIEF, teacher="moons"), "teacher is made for other data"),
+    "teacher untrained": Case(taught(BRIEF, teacher="untrained"), "teacher is untrained"),
+    # training
+    "rate too high": Case(trains(BRIEF, optimizer=Adam(0.5)), "learning rate.* too high"),
+    "rate too low": Case(trains(BRIEF, optimizer=Adam(1e-7)), "learning rate.* too low"),
+    "frozen": Case(BRIEF, "student is frozen", frozen),
+    "sign": Case(BRIEF, "loss is negative", uphill),
+    "average": Case(trains(BRIEF, average_decay=0.9999), "average still remembers"),
+    "target": Case(
+        taught(trains(RING, steps=300), replace(CD, decay=0.95)),
+        "target does not move",
+        target_left_behind,
+    ),
+    "nan": Case("edm", "NaN", edit=edited(with_nan, "average")),
+    # the model
+    "deaf": Case(BRIEF, "does not hear sigma", deaf),
+    "noise": Case(BRIEF, "takes away too much noise", half_the_noise),
+    "two levels": Case("edm", "sampling.levels = 2 are too few", edit=rewritten("s = 12", "s = 2")),
 }
 TEACHERS = {
-    "ve": Case(replace(RING, scalings=VEScalings()), edit=rewritten("VEScalings", "EDMScalings")),
+    "ve": Case(
+        trains(replace(DIGITS, scalings=VEScalings()), steps=300), edit=rewritten("VE", "EDM")
+    ),
     "moons": Case(replace(RING, data=Toy("moons"))),
+    "untrained": Case(trains(RING, steps=1)),
 }
 CASES = GOOD | BROKEN | TEACHERS
 
@@ -236,7 +275,10 @@ class Clinic:
 
     def folder(self, name: str) -> Path:
         folder, case = self.root / name, CASES[name]
-        if not folder.exists():
+        if isinstance(case.recipe, str) and not folder.exists():
+            shutil.copytree(self.folder(case.recipe), folder)
+            case.edit(folder)
+        elif not folder.exists():
             recipe = case.recipe
             if recipe.teacher is not None:
                 recipe = replace(recipe, teacher=str(self.folder(recipe.teacher)))
@@ -261,8 +303,7 @@ def clinic(tmp_path_factory):
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_fault_is_named_first(clinic, name):
     found = clinic.diagnosis(name)
-    assert not found.healthy
-    assert found.headline.startswith("ill: ")
+    assert found.headline.startswith("ill: "), str(found)
     assert re.search(CASES[name].cause, found.headline), str(found)
 
 
@@ -270,3 +311,135 @@ def test_a_fault_is_named_first(clinic, name):
 def test_a_good_run_raises_no_alarm(clinic, name):
     found = clinic.diagnosis(name)
     assert found.healthy, str(found)
+    assert len(found.findings) > 20
+
+
+def test_the_students_that_come_with_the_package_are_healthy():
+    for name in students():
+        assert doctor.examine(name).headline == "healthy", name
+
+
+# ── what it says ──
+
+
+def test_a_run_that_was_stopped_is_no_alarm(clinic, tmp_path):
+    stopped = tmp_path / "run"
+    shutil.copytree(clinic.folder("edm"), stopped)
+    rewritten(f"steps = {RING.training.steps}", f"steps = {2 * RING.training.steps}")(stopped)
+    found = doctor.examine(stopped)
+    assert found.headline.startswith("healthy, but look: training was not finished: step ")
+
+
+def test_what_grows_is_told_not_to_be_a_fault(clinic):
+    assert any("need not fall while N grows" in note for note in clinic.diagnosis("ct").notes)
+    assert clinic.diagnosis("cd").notes == ()
+
+
+def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
+    seen = {f.check.removeprefix("teacher ") for n in CASES for f in clinic.diagnosis(n).findings}
+    assert seen <= set(doctor.NORMS)
+    assert set(doctor.NORMS) - seen <= {"data channels"}  # the digits are gray
+
+
+def test_what_is_not_at_hand_is_listed_apart(clinic, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(clinic.folder("cd"), moved)
+    rewritten(str(clinic.folder("edm")), "nowhere/edm")(moved)
+    (moved / "log.csv").unlink()
+    with mock.patch.object(Toy, "build", side_effect=ValueError("gone\nfor good")):
+        found = doctor.examine(moved)
+    assert found.healthy
+    reasons = set(found.skipped.values())
+    assert {"the data are not at hand (gone)", "the log has fewer than 4 rows"} <= reasons
+    assert "the teacher nowhere/edm is not at hand" in reasons
+    assert "not done: " in str(found)
+    assert "boundary" in {finding.check for finding in found.findings}
+
+
+def test_data_may_be_handed_over(clinic):
+    shifted = TensorData(Digits().build().x, Digits().build().label.roll(333))
+    found = doctor.examine(clinic.folder("digits"), data=shifted)
+    assert "labels are shuffled" in found.headline
+
+
+def test_nothing_is_written(clinic):
+    folder = clinic.folder("cd")
+
+    def state():
+        return {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in folder.parent.rglob("*")}
+
+    before = state()
+    doctor.examine(folder)
+    assert state() == before
+
+
+def test_the_command_exits_with_1_if_a_run_is_ill(clinic, capsys):
+    main(["doctor", str(clinic.folder("edm")), "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("healthy\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(clinic.folder("nan")), "--device", "cpu"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().out.startswith("ill: the average's weights are NaN")
+
+
+def test_a_program_reads_the_same_as_json(clinic, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", str(clinic.folder("nan")), "--json", "--device", "cpu"])
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    said = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert not said["healthy"]
+    assert said["headline"].startswith("ill: ")
+    first = said["findings"][0]
+    assert first["check"] == "finite"
+    assert first["verdict"] == "ill"
+    assert first["normal"] == doctor.NORMS["finite"].normal
+    assert any(finding["measured"] is None for finding in said["findings"])
+
+
+def test_the_commands_of_the_guide_run(capsys):
+    guide = Path(__file__).parents[1] / "docs/guides/healthy.md"
+    commands = re.findall(r"^cmbook (.+)$", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        main(command.split())
+        assert "healthy" in capsys.readouterr().out
+
+
+# ── while training ──
+
+
+def test_training_warns_of_what_shows_at_the_start():
+    assert doctor.warnings(RING, RING.data.build()) == []
+    wide = TensorData(127.5 * Digits().build().x, bounded=False)
+    said = doctor.warnings(trains(DIGITS, average_decay=0.9999), wide)
+    assert [line.split()[1] for line in said] == ["data", "is", "average"]
+    assert said[0].startswith("the data reach 128, not 1. ")
+    assert said[1].startswith("sigma_data is 0.75, but the data's std is ")
+    assert "average still remembers the first weights" in said[2]
+
+
+def test_training_warns_once_of_a_gradient_that_explodes():
+    watch, student = doctor.Watch(), torch.nn.Linear(2, 2)
+    said = []
+    for norm in (1.0, 1.2, 0.9, 1.1, 1.0, 500.0, 900.0):
+        with torch.no_grad():
+            student.weight += 1
+        said.append(watch(norm, student))
+    assert [len(lines) for lines in said] == [0, 0, 0, 0, 0, 1, 0]
+    assert "gradient explodes" in said[5][0]
+
+
+def test_training_warns_once_of_weights_that_do_not_move():
+    watch, student = doctor.Watch(), torch.nn.Linear(2, 2)
+    said = [watch(1.0, student) for _ in range(4)]
+    assert [len(lines) for lines in said] == [0, 1, 0, 0]
+    assert "the student is frozen" in said[1][0]
+
+
+def test_a_run_prints_these_warnings(tmp_path, capsys):
+    with frozen():
+        run(trains(RING, steps=120), tmp_path / "run", progress=False)
+    assert capsys.readouterr().err.count("note: no weight has moved") == 1

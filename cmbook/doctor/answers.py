@@ -147,7 +147,7 @@ def walk(p: Patient) -> Iterator[Finding]:
     fine, coarse = p.walked(p.run.model), p.walked(p.run.model, knobs.levels, knobs.solver)
     lost = p.off(coarse, fine)
     cause = f"sampling.levels = {knobs.levels} are too few: the grid is too coarse for its path"
-    yield found("grid", lost, over(lost, 0.4, 0.7), cause, "Raise it, or use Heun")
+    yield found("grid", lost, over(lost, 0.4, 0.6), cause, "Raise it, or use Heun")
 
 
 def variety(p: Patient) -> Iterator[Finding]:

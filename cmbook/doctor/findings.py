@@ -61,7 +61,7 @@ NORMS = {
     "walk": Norm(
         "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
     ),
-    "grid": Norm("what the walk loses on its grid, over chance: below 0.3"),
+    "grid": Norm("what the walk loses on its grid, over chance: below 0.3", "", "suspicion"),
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",

@@ -42,6 +42,7 @@ LEVELS = (0.2, 0.5, 1.0, 2.0, 4.0)  # noise in standard deviations of the data: 
 NUMBERS, SAMPLES = 1 << 24, 2048  # at most so many numbers, and samples, of the data are looked at
 FLOPS = 2e9  # of one probe, of about a hundred: some seconds in all on one core
 EARLY = 100_000  # samples seen: what training has not taught by then may still come
+LATER = 300_000  # of consistency models: they learn from the least noise up
 POOR = 1.5  # times the error of a denoiser that knows means and variances alone
 
 
@@ -122,7 +123,8 @@ class Patient:
     @property
     def early(self) -> bool:
         """Whether training has hardly begun, or was not finished."""
-        return not self.run.finished or self.run.step * self.recipe.training.batch_size < EARLY
+        least = LATER if isinstance(self.recipe.objective, CONSISTENCY) else EARLY
+        return not self.run.finished or self.run.step * self.recipe.training.batch_size < least
 
     @property
     def at_hand(self) -> "Run":

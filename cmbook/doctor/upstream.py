@@ -224,7 +224,7 @@ def walk(p: Patient) -> Iterator[Finding]:
         lost = p.off(p.walked(p.walker, max(2, objective.levels - 1), objective.solver), fine)
         n = objective.levels
         cause = f"objective.levels = {n} are too few: the grid is too coarse for the teacher's path"
-        yield found("grid", lost, over(lost, 0.4, 0.7), cause, "Raise it, or use Heun")
+        yield found("grid", lost, over(lost, 0.4, 0.6), cause, "Raise it, or use Heun")
 
 
 def outside(p: Patient, x: Samples) -> float:
