@@ -81,6 +81,9 @@ def examine(
             findings += check(patient)
         except Undone as why:
             skipped[check.__name__.replace("_", " ")] = str(why)
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            # What breaks one check, such as a decomposition of NaN, is what the others tell of.
+            skipped[check.__name__.replace("_", " ")] = f"it failed: {error}".splitlines()[0]
     notes = tuple(_notes(patient.recipe))
     return Diagnosis(ranked(findings, patient.early), skipped, notes)
 

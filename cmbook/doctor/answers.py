@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from cmbook.noise import integers, seeded
 from cmbook.ode import velocity
 from cmbook.oracle import Dataset
 from cmbook.protocols import Batch, Denoiser
+
+if TYPE_CHECKING:
+    from cmbook.runs import Run
 
 # ── at single levels ──
 
@@ -46,7 +50,8 @@ def denoises(p: Patient) -> Iterator[Finding]:
         "unsteadily, or on other data"
     )
     cause = f"the model is {dress}" if dress else poor
-    yield found("denoises", worst, over(worst, POOR, POOR), cause, "" if dress else LONGER)
+    limit = 2 * POOR if p.early and not dress else POOR
+    yield found("denoises", worst, over(worst, POOR, limit), cause, "" if dress else LONGER)
     if not dress:
         much = "little" if slope > 1 else "much"
         cause = f"the model takes away too {much} noise: it was trained with other noise"
@@ -57,16 +62,16 @@ def denoises(p: Patient) -> Iterator[Finding]:
 
 def labels(p: Patient) -> Iterator[Finding]:
     """What the right label saves, over what it saves the data's own exact denoiser."""
-    yield from _heard(p, p.run.model, "labels", "the model")
+    yield from _heard(p, p.run, "labels", "the model")
 
 
 def teacher_labels(p: Patient) -> Iterator[Finding]:
     """The same of the teacher."""
     if p.teacher is not None:
-        yield from _heard(p, p.teacher.model, "teacher labels", "the teacher")
+        yield from _heard(p, p.teacher, "teacher labels", "the teacher")
 
 
-def _heard(p: Patient, model: Denoiser, name: str, whose: str) -> Iterator[Finding]:
+def _heard(p: Patient, run: "Run", name: str, whose: str) -> Iterator[Finding]:
     if p.classes < 2 or p.seen.label is None:
         return
     batch, (x, label) = p.asked, p.rest
@@ -75,7 +80,7 @@ def _heard(p: Patient, model: Denoiser, name: str, whose: str) -> Iterator[Findi
         raise Undone("the samples at hand are too few for their classes")
     levels = [r * p.std for r in (0.5, 1.0, 2.0, 4.0) if r * p.std <= p.range.sigma_max]
     could, does = (
-        _gain(each, batch, levels, p.classes) for each in (Dataset(x, label).denoiser, model)
+        _gain(each, batch, levels, p.classes) for each in (Dataset(x, label).denoiser, run.model)
     )
     if max(could, default=0.0) < 0.05:
         return  # then labels say nothing that could be heard
@@ -83,7 +88,9 @@ def _heard(p: Patient, model: Denoiser, name: str, whose: str) -> Iterator[Findi
     cause = f"{whose} ignores the label, or learned it from shuffled ones: wrong ones cost nothing"
     if heard < -0.05:
         cause = f"{whose} has learned other labels than the data's: wrong ones do better"
-    yield found(name, heard, under(heard, 0.15, 0.04), cause)
+    # Who has learned nothing yet has not learned what labels mean, either.
+    knows = (p.skill(run.model, run.recipe).learned or 0.0) > 0.3
+    yield found(name, heard, under(heard, 0.15, 0.04 if knows else -math.inf), cause)
 
 
 def _gain(model: Denoiser, batch: Batch, levels: list[float], classes: int) -> list[float]:

@@ -115,7 +115,7 @@ NORMS = {
     "variety": Norm("variance that noise makes, over the data's: 0.7 to 1.2", LONGER, "late"),
     "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
     "modes": Norm("mass of the data that is missed: below 0.25", LONGER, "late"),
-    "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "late"),
+    "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
     "tangent": Norm("answer's change as sigma doubles, over the data: below 2", _LOWER, "symptom"),
     "loss by sigma": Norm(
         "largest share of an eighth of the levels: below 0.8",

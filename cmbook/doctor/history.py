@@ -48,7 +48,8 @@ def moved(p: Patient) -> Iterator[Finding]:
             cause = "the student is frozen: it never learned, its weights are those it began with"
         yield found("frozen weights", share, over(share, 0.0, 0.2), cause)
         way = _apart(now, first) / max(_norm(first), 1e-12)
-    cause = f"the weights have hardly moved: the learning rate {lr:g} is too low or the steps few"
+    clip = "" if knobs.clip is None else f", or training.clip = {knobs.clip:g} leaves nothing"
+    cause = f"the weights have hardly moved: learning rate {lr:g} is too low, the steps few{clip}"
     yield found("moved", way, under(way, 0.03, 0.003), cause)
 
 
@@ -133,14 +134,14 @@ def averages(p: Patient) -> Iterator[Finding]:
     if p.data is not None:
         levels = p.skill(p.run.model, p.recipe).levels
         theirs, ours = (
-            sum(p.errors(model, p.asked, levels)[0])
+            p.errors(model, p.asked, levels)[0]
             for model in (_with(p.run.model, student), p.run.model)
         )
         cause = (
-            f"the average is far behind the student: its decay {p.run.average:g} is too near 1 for "
-            f"{p.run.step} steps"
+            f"the average is far worse than the student: its decay {p.run.average:g} is too near 1 "
+            f"for {p.run.step} steps, or it did not follow"
         )
-        ratio = ours / max(theirs, 1e-300)
+        ratio = max(own / max(other, 1e-300) for own, other in zip(ours, theirs, strict=True))
         yield found("average behind", ratio, over(ratio, 1.5), cause)
 
 

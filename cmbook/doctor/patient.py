@@ -25,7 +25,12 @@ from cmbook.losses import (
 from cmbook.noise import NoiseRange, PerImage, add_noise, normal, seeded
 from cmbook.ode import Solver
 from cmbook.oracle import Dataset
-from cmbook.parameterization import AnyScalings, ConsistencyScalings, Preconditioned
+from cmbook.parameterization import (
+    AnyScalings,
+    ConsistencyScalings,
+    EDMScalings,
+    Preconditioned,
+)
 from cmbook.protocols import Batch, Clock, Denoiser, Labels, Loss, Models, PerSample, Samples
 from cmbook.samplers import ode_sample
 
@@ -307,7 +312,11 @@ class Patient:
 
         found = {}
         for kind in get_args(AnyScalings):
-            for sigma_data in (own, 0.5, 1.0, max(round(self.std, 2), 0.01)):
+            others = (0.25, 0.5, 1.0, 2.0, max(round(self.std, 2), 0.01))
+            for sigma_data in {
+                own,
+                *(others if kind in (EDMScalings, ConsistencyScalings) else ()),
+            }:
                 dress = kind(replace(self.range, sigma_data=sigma_data))
                 name = f"{kind.__name__} with sigma_data {sigma_data:g}"
                 said = f"in the wrong dress: its network does well in {name}"
@@ -316,7 +325,7 @@ class Patient:
             said = f"made for data in {name}, not in [-1, 1]: it does well there"
             found[said] = score(model, Batch(scale * batch.x + shift, batch.label), scale)
         best = min(found, key=found.__getitem__)
-        return best if found[best] < min(0.1, score(model, batch) - 0.2) else None
+        return best if found[best] < min(0.3, score(model, batch) - 0.2) else None
 
 
 _FEW = (*CONSISTENCY, ProgressiveDistillation)
