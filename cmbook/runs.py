@@ -327,7 +327,7 @@ def _follow(
                 log.add(step)
                 if state.step % LOG_EVERY == 0 or save:
                     row = log.write(step, state.step * knobs.batch_size)
-                    _warn(watch(row["gradient_norm"]))
+                    _warn(watch(row["gradient_norm"], state.student))
                     bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
                     if board is not None:
                         board.scalars(state.step, row)

@@ -264,4 +264,17 @@ def sample_table() -> str:
     return table(head, rows)
 
 
-MEASURED = {"memory": memory_table, "steps": step_table, "samples": sample_table}
+def norm_table() -> str:
+    """What `cmbook doctor` measures, what is normal, and the part that each check plays."""
+    from cmbook.doctor import NORMS
+
+    rows = [[name, norm.normal, norm.role] for name, norm in NORMS.items()]
+    return table(["check", "what is measured, and normal", "role"], rows)
+
+
+MEASURED = {
+    "memory": memory_table,
+    "steps": step_table,
+    "samples": sample_table,
+    "norms": norm_table,
+}

@@ -64,8 +64,9 @@ ABOVE = [
             "diffusers",
         )
     ],
-    *["experiment", "costs", "runs", "doctor", "board", "reports", "pictures", "plotting", "demo"],
+    *["experiment", "costs", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
+ABOVE += [f"doctor.{name}" for name in ("findings", "patient", "upstream", "history", "answers")]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
@@ -134,7 +135,9 @@ def test_every_public_name_has_a_docstring(name):
 
 
 def test_every_module_of_floors_0_to_2_is_checked_for_sources():
-    packages = [f"cmbook.{name}" for name in ("data", "interop", "losses", "networks", "oracle")]
+    packages = [
+        f"cmbook.{name}" for name in ("data", "doctor", "interop", "losses", "networks", "oracle")
+    ]
     listed = [f"cmbook.{name}" for name in [*FLOORS_0_TO_2, *ABOVE, "__main__"]]
     assert sorted([*listed, *packages, "cmbook"]) == modules()
 
@@ -227,7 +230,7 @@ def test_remarks_of_a_docstring_become_quiet_paragraphs():
     assert quiet("1.  Source: A.").split("\n") == ["1.", "", "**Source** A.", "{: .source }"]
 
 
-@pytest.mark.parametrize("name", ["memory", "steps", "samples"])
+@pytest.mark.parametrize("name", ["memory", "steps", "samples", "norms"])
 def test_the_tables_of_what_was_measured_are_filled_in(name):
     made = load("hooks").on_page_markdown(f"<!-- measured: {name} -->", files=Files([]))
     lines = made.splitlines()

@@ -1,0 +1,154 @@
+"""The doctor: what is wrong with a run, the likely cause first.
+
+A check measures one number that means something whatever the fault: what the weights have moved,
+what is left of the first weights in an average, how much better than a denoiser that knows means
+and variances alone. Limits lie where the meaning changes, far from what healthy runs show.
+
+What is upstream is named first: bad data explain a bad teacher, a bad teacher explains a bad
+student. Some findings are suspicions: they are the diagnosis only if there is a symptom as well.
+
+Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
+comes before training (`upstream`), training (`history`), and what the model says (`answers`).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cmbook.data import Data
+from cmbook.doctor import answers, history, upstream
+from cmbook.doctor.findings import NORMS, Diagnosis, Finding, found, over, ranked
+from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
+from cmbook.experiment import Experiment
+from cmbook.losses import ConsistencyTraining
+from cmbook.protocols import Clock
+
+if TYPE_CHECKING:  # runs warns by this package, so it is imported by `examine` alone
+    from cmbook.runs import Run
+
+__all__ = ["CHECKS", "NORMS", "Diagnosis", "Finding", "Watch", "examine", "warnings"]
+
+CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
+    *(upstream.data_variety, upstream.data_range, upstream.data_layout, upstream.data_labels),
+    *(upstream.noise_range, upstream.finite, upstream.boundary),
+    *(upstream.teacher, answers.teacher_labels, upstream.walk),
+    *(history.progress, history.moved, history.curves, history.averages),
+    *(upstream.levels, upstream.drawn_levels, upstream.same_data),
+    *(answers.hears_sigma, answers.copies, answers.labels, answers.denoises, answers.walk),
+    *(answers.variety, answers.inside, answers.modes, answers.follows, answers.tangents),
+    answers.loss_by_sigma,
+)
+
+
+def examine(
+    run: "Run | Path | str",
+    *,
+    data: Data | None = None,
+    device: str = "cpu",
+    average: float | None = None,
+) -> Diagnosis:
+    """Measure a run and say what is wrong with it: the likely cause first.
+
+    Args:
+        run: A run, its folder, one of its checkpoints, an exported model, or a student's name.
+        data: What it was trained on; by default what its recipe says, if that is at hand.
+        device: Where to compute.
+        average: The decay of the moving average to examine, if there are several.
+
+    Returns:
+        The findings. Checks whose data, teacher, log or weights are not at hand are listed apart.
+
+    Raises:
+        ValueError: If there is no such run, or its checkpoint is damaged.
+
+    Example:
+        >>> print(examine("digits/cd").headline)
+        healthy
+
+    Source: ours.
+    """
+    from cmbook import runs
+
+    made = runs.load(run, device, average=average) if isinstance(run, Path | str) else run
+    patient = admit(made, data, device)
+    findings, skipped = list[Finding](), dict[str, str]()
+    for check in CHECKS:
+        try:
+            findings += check(patient)
+        except Undone as why:
+            skipped[check.__name__.replace("_", " ")] = str(why)
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            # What breaks one check, such as a decomposition of NaN, is what the others tell of.
+            skipped[check.__name__.replace("_", " ")] = f"it failed: {error}".splitlines()[0]
+    notes = tuple(_notes(patient.recipe))
+    return Diagnosis(ranked(findings, patient.early), skipped, notes)
+
+
+def _notes(recipe: Experiment) -> Iterator[str]:
+    """What is no fault."""
+    if not isinstance(recipe.objective, ConsistencyTraining):
+        return
+    curriculum, steps = recipe.objective.curriculum, recipe.training.steps
+    clocks = [Clock(k, steps) for k in (0, steps // 2, steps - 1)]
+    levels = ", ".join(str(curriculum.levels_at(clock)) for clock in clocks)
+    decays = ", ".join(f"{curriculum.decay_at(clock):.3g}" for clock in clocks)
+    yield f"N(k) is {levels} and mu(k) {decays} at the start, the middle and the end"
+    if history.grows(recipe):
+        yield "the loss need not fall while N grows: every N is another, harder question"
+
+
+# ── while training ──
+
+
+def warnings(recipe: Experiment, data: Data) -> list[str]:
+    """What can be said before the first step, a line each: data, sigma_data, the average.
+
+    Source: ours.
+    """
+    size = max(16, min(256, NUMBERS // 16 // max(1, torch.Size(data.shape).numel())))
+    x, knobs = next(data.batches(size, recipe.seed)).x, recipe.training
+    std, largest = float(x.double().std(correction=0)), float(x.abs().max())
+    cause = f"the data reach {largest:.3g}, not 1"
+    return _said(
+        found("data range", largest, over(largest, 3), cause),
+        upstream.sigma_data_finding(std, recipe.noise_range),
+        history.memory_finding(knobs.average_decay, knobs.steps),
+    )
+
+
+@dataclass
+class Watch:
+    """Sees the rows of the log as they are written, and says each thing once.
+
+    Source: ours.
+    """
+
+    norms: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
+
+    def __call__(self, norm: float, student: nn.Module) -> list[str]:
+        """Warnings, if it is time for some: the gradient explodes, or no weight moves.
+
+        Args:
+            norm: Of the gradient, the mean since the last row.
+            student: What learns.
+        """
+        self.norms.append(norm)
+        sums = [float(p.detach().double().sum()) for p in student.parameters()]
+        still, self.before = sums == self.before, sums
+        cause = "no weight has moved since the last row of the log: the student is frozen"
+        new = [found("frozen weights", still, "ill" if still else "well", cause)]
+        if len(self.norms) >= 5:
+            new.append(history.gradient_finding(self.norms))
+        new = [f for f in new if f.check not in self.said]
+        self.said |= {f.check for f in new if f.verdict != "well"}
+        return _said(*new)
+
+
+def _said(*findings: Finding) -> list[str]:
+    return [f"{f.cause}. {f.remedy}" for f in findings if f.verdict != "well"]

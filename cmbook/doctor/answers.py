@@ -1,0 +1,239 @@
+"""What the model answers: at single levels, and as samples."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cmbook.doctor.findings import LONGER, Finding, found, over, under
+from cmbook.doctor.patient import POOR, Patient, Undone, ask, noisy
+from cmbook.doctor.upstream import outside
+from cmbook.evaluation import nearest_training
+from cmbook.losses import (
+    ContinuousDistillation,
+    ContinuousTraining,
+    ProgressiveDistillation,
+    tangent,
+)
+from cmbook.noise import integers, seeded
+from cmbook.ode import velocity
+from cmbook.oracle import Dataset
+from cmbook.protocols import Batch, Denoiser
+
+if TYPE_CHECKING:
+    from cmbook.runs import Run
+
+# ── at single levels ──
+
+
+def hears_sigma(p: Patient) -> Iterator[Finding]:
+    """Whether the bare network's answer depends on sigma."""
+    x, net, c = p.noise("sigma"), p.run.model.net, p.recipe.scalings
+    with torch.no_grad():
+        said = [net(x, c.c_noise(x.new_full((len(x),), s)), p.told) for s in p.range.grid(6)[1:-1]]
+    answers = torch.stack(said).double()
+    change = (answers - answers.mean(0)).square().mean() / answers.square().mean().clamp(min=1e-24)
+    hears = float(change.sqrt())
+    cause = "the network does not hear sigma: its answer is the same at every noise level"
+    yield found("hears sigma", hears, "well" if hears > 0.005 else "ill", cause)
+
+
+def denoises(p: Patient) -> Iterator[Finding]:
+    """What the answers are worth."""
+    skill = p.skill(p.run.model, p.recipe)
+    (worst, at), slope, learned = skill.worst, skill.slope, skill.learned
+    dress = p.dress(p.run.model, skill) if skill.poor else None
+    poor = (
+        f"the model has not learned to denoise at sigma {at:.2g}: it was trained too little, "
+        "unsteadily, or on other data"
+    )
+    cause = f"the model is {dress}" if dress else poor
+    limit = 2 * POOR if p.early and not dress else POOR
+    yield found("denoises", worst, over(worst, POOR, limit), cause, "" if dress else LONGER)
+    if not dress:
+        much = "little" if slope > 1 else "much"
+        cause = f"the model takes away too {much} noise: it was trained with other noise"
+        yield found("answers", slope, "well" if 0.5 < slope < 2 else "ill", cause)
+    if learned is not None:
+        yield found("learned", learned, under(learned, 0.3, 0.1), poor)
+
+
+def labels(p: Patient) -> Iterator[Finding]:
+    """What the right label saves, over what it saves the data's own exact denoiser."""
+    yield from _heard(p, p.run, "labels", "the model")
+
+
+def teacher_labels(p: Patient) -> Iterator[Finding]:
+    """The same of the teacher."""
+    if p.teacher is not None:
+        yield from _heard(p, p.teacher, "teacher labels", "the teacher")
+
+
+def _heard(p: Patient, run: "Run", name: str, whose: str) -> Iterator[Finding]:
+    if p.classes < 2 or p.seen.label is None:
+        return
+    batch, (x, label) = p.asked, p.rest
+    assert label is not None
+    if len(label.unique()) < p.classes:  # points that are asked about must be others
+        raise Undone("the samples at hand are too few for their classes")
+    levels = [r * p.std for r in (0.5, 1.0, 2.0, 4.0) if r * p.std <= p.range.sigma_max]
+    could, does = (
+        _gain(each, batch, levels, p.classes) for each in (Dataset(x, label).denoiser, run.model)
+    )
+    if max(could, default=0.0) < 0.05:
+        return  # then labels say nothing that could be heard
+    heard = max(d / c for d, c in zip(does, could, strict=True) if c > max(could) / 2)
+    cause = f"{whose} ignores the label, or learned it from shuffled ones: wrong ones cost nothing"
+    if heard < -0.05:
+        cause = f"{whose} has learned other labels than the data's: wrong ones do better"
+    # Who has learned nothing yet has not learned what labels mean, either.
+    knows = (p.skill(run.model, run.recipe).learned or 0.0) > 0.3
+    yield found(name, heard, under(heard, 0.15, 0.04 if knows else -math.inf), cause)
+
+
+def _gain(model: Denoiser, batch: Batch, levels: list[float], classes: int) -> list[float]:
+    """How much of the error at each level the right label saves, against a wrong one."""
+    assert batch.label is not None
+    other = 1 + integers(len(batch.x), classes - 1, seeded("doctor", "label")).to(batch.label)
+    gains = []
+    for sigma in levels:
+        x = noisy(batch.x, sigma)
+        right, wrong = (
+            float((ask(model, x, sigma, label) - batch.x).square().sum())
+            for label in (batch.label, (batch.label + other) % classes)
+        )
+        gains.append(1 - right / max(wrong, 1e-300))
+    return gains
+
+
+def tangents(p: Patient) -> Iterator[Finding]:
+    """How fast answers change along the path, in continuous time."""
+    if not isinstance(p.recipe.objective, ContinuousDistillation | ContinuousTraining):
+        return
+    x0, label = p.asked.x[:64], None if p.asked.label is None else p.asked.label[:64]
+    sizes = []
+    for sigma in p.skill(p.run.model, p.recipe).levels:
+        x, level = noisy(x0, sigma), x0.new_full((len(x0),), sigma)
+        dx = (x - x0) / sigma
+        with torch.no_grad():
+            if p.recipe.objective.needs_teacher:
+                dx = velocity(x, p.walker(x, level, label), level)
+            _, change = tangent(p.run.model, x, level, dx, label)
+        sizes.append(sigma * float(change.double().flatten(1).norm(dim=1).median()))
+    # 0 at the truth. Over 10, a change of sigma by a tenth carries the answer across all the data.
+    size = max(sizes) / max(math.sqrt(float(p.variances.sum())), 1e-300)
+    cause = "the tangents explode: continuous training is unstable"
+    yield found("tangent", size, over(size, 3, 10), cause)
+
+
+def loss_by_sigma(p: Patient) -> Iterator[Finding]:
+    """Whether some levels drown the others in the loss."""
+    loss = p.loss
+    if len(loss.sigma.unique()) < 9:
+        return  # one level may well be all
+    edges = p.range.grid(9).flip(0).log().to(loss.sigma)
+    which = torch.bucketize(loss.sigma.log(), edges[1:-1].contiguous())
+    parts = torch.zeros(8, dtype=torch.float64, device=which.device)
+    parts.index_add_(0, which, loss.per_sample.double().abs())
+    share, k = float(parts.max() / parts.sum().clamp(min=1e-300)), int(parts.argmax())
+    at = float(edges[k : k + 2].mean().exp())
+    cause = f"levels near sigma {at:.2g} are {share:.0%} of the loss and drown the others"
+    yield found("loss by sigma", share, over(share, 0.9), cause)
+
+
+# ── as samples ──
+
+
+def walk(p: Patient) -> Iterator[Finding]:
+    """What a diffusion model loses on the grid that it is sampled on."""
+    knobs = p.recipe.sampling
+    if p.jumps or isinstance(p.recipe.objective, ProgressiveDistillation):
+        return
+    fine, coarse = p.walked(p.run.model), p.walked(p.run.model, knobs.levels, knobs.solver)
+    lost = p.off(coarse, fine)
+    cause = f"sampling.levels = {knobs.levels} are too few: the grid is too coarse for its path"
+    yield found("grid", lost, over(lost, 0.4, 0.6), cause, "Raise it, or use Heun")
+
+
+def variety(p: Patient) -> Iterator[Finding]:
+    """How different two samples are that have the same label."""
+    one, two = (each.double() for each in p.drawn)
+    made = float((one - two).flatten(1).square().sum(1).mean()) / 2
+    ratio = made / max(p.within, 1e-300)
+    # Guidance takes some of it by intent. Without data, sigma_data knows no classes.
+    least = 0.2 / max(1.0, p.recipe.guidance) if p.data is not None else 0.05
+    bad = under(ratio, 2 * least, least)
+    cause = "the samples are blurred: means in place of samples, too alike"
+    if ratio < 0.02:
+        cause = "the model has collapsed: it answers the same whatever the noise"
+    if not ratio < 2:
+        bad, cause = over(ratio, 2, 4), "the samples are scattered far beyond the data"
+    yield found("variety", ratio, bad, cause)
+
+
+def inside(p: Patient) -> Iterator[Finding]:
+    """Whether samples lie where the data do."""
+    out = outside(p, p.drawn[0])
+    cause = "many samples lie outside the range of the data"
+    yield found("sample range", out, over(out, 0.1, 0.3), cause)
+
+
+def modes(p: Patient) -> Iterator[Finding]:
+    """How much of the data the samples miss."""
+    real, made = (x.double().flatten(1).cpu() for x in (p.seen.x, p.drawn[0]))
+    if len(real) < 64 or not bool(made.isfinite().all()):
+        raise Undone("there are too few samples, or some are not finite")
+    centers = _centers(real, 8)
+    theirs, ours = (
+        torch.cdist(x, centers).argmin(1).bincount(minlength=8).double() / len(x)
+        for x in (real, made)
+    )
+    # Chance alone misplaces about a tenth. Over a half, most of the mass is elsewhere.
+    missing = float((theirs - ours).clamp(min=0).sum())
+    more = 0.2 if p.recipe.guidance > 1 else 0.0  # guidance moves some of it by intent
+    cause = "the samples miss much of the data: modes have collapsed, or it learned other data"
+    yield found("modes", missing, over(missing, 0.35 + more, 0.5 + more), cause)
+
+
+def _centers(x: Tensor, k: int) -> Tensor:
+    """Lloyd's k means, from a start that is always the same."""
+    centers = x[integers(1, len(x), seeded("doctor", "means"))]
+    while len(centers) < k:  # the farthest of a few: spread out, and no outlier hunt
+        near = torch.cdist(x[:256], centers).min(1).values
+        centers = torch.cat([centers, x[:256][near.argmax()][None]])
+    for _ in range(15):
+        which = torch.cdist(x, centers).argmin(1)
+        parts = [x[which == i] for i in range(k)]
+        centers = torch.stack(
+            [part.mean(0) if len(part) else centers[i] for i, part in enumerate(parts)]
+        )
+    return centers
+
+
+def copies(p: Patient) -> Iterator[Finding]:
+    """Whether samples are training samples."""
+    if math.prod(p.run.record["shape"]) < 16 or p.length is None:
+        return  # in few dimensions something is always near, and endless data cannot be copied
+    x, made = (each.flatten(1).double().cpu() for each in (p.seen.x, p.drawn[0]))
+    if not bool(made.isfinite().all()):
+        raise Undone("some samples are not finite")
+    apart = torch.cdist(x, x).fill_diagonal_(math.inf).amin(1)
+    usual = float(apart[apart > 0].median()) if bool((apart > 0).any()) else math.inf
+    copied = float((nearest_training(made, x).distance < 0.25 * usual).double().mean())
+    cause = f"the model repeats its training samples: it knows {p.length} of them by heart"
+    yield found("copies", copied, over(copied, 0.1, 0.5), cause)
+
+
+def follows(p: Patient) -> Iterator[Finding]:
+    """Whether the student lands where its teacher walks."""
+    if not (p.jumps and p.recipe.objective.needs_teacher):
+        return
+    x = p.range.sigma_max * p.noise("walk")
+    off = p.off(ask(p.run.model, x, p.range.sigma_max, p.told), p.walked(p.walker))
+    cause = (
+        "the student does not land where its teacher walks: it was trained too little, or from "
+        "another teacher"
+    )
+    yield found("follows teacher", off, over(off, 0.8, 0.95), cause)

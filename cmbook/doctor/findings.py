@@ -1,0 +1,268 @@
+"""What a check finds, what is normal, and the order in which it is told."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+Verdict = Literal["well", "look", "ill"]
+
+
+class Norm(NamedTuple):
+    """What is normal for a check, what to do otherwise, and which part it plays.
+
+    Attributes:
+        normal: What healthy runs show, and why.
+        remedy: What to do, where the finding does not say it better.
+        role: A `fault` is a diagnosis by itself. A `suspicion` is one beside a symptom. A
+            `symptom` is measured of what the model answers; one that is `late` is no fault yet in
+            a run that has hardly begun.
+
+    Source: ours.
+    """
+
+    normal: str
+    remedy: str = ""
+    role: Literal["fault", "suspicion", "symptom", "late"] = "fault"
+
+
+_LOWER = "Lower training.optimizer.lr, or set training.clip=1"
+LONGER = "Train longer, or look at learning rate and levels"
+_PICTURES = "Look at the data: cmbook data check PATH --sheet sheet.png"
+NORMS = {
+    "data constant": Norm("share of samples of one flat color: 0", _PICTURES),
+    "data copies": Norm("share that is nearly the same as another: 0", _PICTURES),
+    "data range": Norm("largest number: 1, as noise levels expect", "For bytes use x / 127.5 - 1"),
+    "data layout": Norm("correlation of neighboring pixels: above 0.2", _PICTURES),
+    "data channels": Norm("largest over smallest std of a channel: 1 to 2", "Scale them alike"),
+    "class balance": Norm("effective share of the classes: 1", "Balance them, or leave them out"),
+    "label meaning": Norm(
+        "neighbors of one class, over chance: well above 1",
+        "Check that samples and labels are in the same order",
+    ),
+    "same data": Norm(
+        "1: those of the run's record", "Bring them back, or train anew", "suspicion"
+    ),
+    "data size": Norm("samples: hundreds at least", "Get more data", "suspicion"),
+    "sigma_data": Norm("over the data's std: 1"),
+    "sigma_max": Norm("over the data's std: 20 to 160, where they drown"),
+    "sigma_min": Norm("over the data's std: 0.004, invisible", "Set noise_range.sigma_min=0.002"),
+    "finite": Norm("numbers that are NaN or infinite: 0", _LOWER),
+    "dress": Norm("0: the scalings suit the objective", 'Set scalings = { kind = "EDMScalings" }'),
+    "boundary": Norm(
+        "relative error of f(x, sigma_min) = x: 0, whatever the weights",
+        'Train with scalings = { kind = "ConsistencyScalings" }; the record may have been edited',
+    ),
+    "drawn levels": Norm(
+        "share of draws near the data's std: above 0.2",
+        "Choose objective.sigma_law, or the noise range, so that they are",
+        "suspicion",
+    ),
+    "levels": Norm("N at the end: 8 to 1281", "Raise the levels of the objective", "suspicion"),
+    "walk": Norm(
+        "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
+    ),
+    "grid": Norm("what the walk loses on its grid, over chance: below 0.3", "", "suspicion"),
+    "finished": Norm("share of the steps that are taken: 1"),
+    "frozen weights": Norm(
+        "share of weights that are as they began: 0",
+        "Check requires_grad, the optimizer's parameters, and that the loss is not detached",
+    ),
+    "step size": Norm("a step of Adam over a weight: 0.001 to 0.1", _LOWER, "suspicion"),
+    "moved": Norm(
+        "way of the weights, over their size: 0.1 to 5",
+        "Raise training.optimizer.lr, to about 1e-3 for small networks, or training.steps",
+        "suspicion",
+    ),
+    "loss": Norm("at the end over the start: below 1", _LOWER, "suspicion"),
+    "loss at the end": Norm("last quarter over before: below 1.5", _LOWER, "suspicion"),
+    "gradient": Norm("largest over typical norm: below 10", _LOWER, "suspicion"),
+    "average memory": Norm("share of the first weights in it: below 0.01", "", "suspicion"),
+    "average moves": Norm("its way over the student's: 1", "Call blend after every step"),
+    "target moves": Norm(
+        "its way over the student's: 1",
+        "Lower mu, or check that the target is updated after every step",
+        "suspicion",
+    ),
+    "average behind": Norm(
+        "denoising error over the student's: 1", "Lower training.average_decay", "suspicion"
+    ),
+    "batch": Norm("samples in a step: 32 or more", "Raise training.batch_size", "suspicion"),
+    "hears sigma": Norm(
+        "change of the network's answer with sigma: 0.1 to 1",
+        "Check the time embedding, and that c_noise reaches the network",
+    ),
+    "copies": Norm(
+        "share of samples that nearly are training samples: 0",
+        "Use more data, fewer steps or a smaller network",
+        "symptom",
+    ),
+    "labels": Norm(
+        "what the right label saves, over what it could: 0.3 to 2",
+        "Check that labels reach the network in training, in the order of the data",
+        "symptom",
+    ),
+    "denoises": Norm(
+        "error over that of means and variances alone: below 1",
+        "Set the scalings, sigma_data or range that it was trained with",
+        "symptom",
+    ),
+    "answers": Norm(
+        "slope of the truth against them: 1, as means have",
+        "Set the scalings that it was trained with; look at add_noise and the loss",
+        "symptom",
+    ),
+    "learned": Norm("of what the data teach beyond that: 0.5 or more", LONGER, "late"),
+    "variety": Norm("variance that noise makes, over the data's: 0.7 to 1.2", LONGER, "late"),
+    "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
+    "modes": Norm("mass of the data that is missed: below 0.25", LONGER, "late"),
+    "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
+    "tangent": Norm("answer's change as sigma doubles, over the data: below 2", _LOWER, "symptom"),
+    "loss by sigma": Norm(
+        "largest share of an eighth of the levels: below 0.8",
+        'Set objective.weight, such as "inverse_gap"',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was measured, and what follows.
+
+    Attributes:
+        check: Its name, as in `NORMS`. What is said of the teacher begins with "teacher".
+        measured: A number, in the unit that `normal` speaks of.
+        verdict: `well`; `look`, which need not be a fault; or `ill`.
+        cause: The likely cause, if not well.
+        remedy: What to do, if not well.
+
+    Source: ours.
+    """
+
+    check: str
+    measured: float
+    verdict: Verdict = "well"
+    cause: str = ""
+    remedy: str = ""
+
+    @property
+    def norm(self) -> Norm:
+        """What is normal. A teacher is upstream: its symptoms are faults."""
+        norm = NORMS[self.check.removeprefix("teacher ")]
+        return norm._replace(role="fault") if self.check.startswith("teacher ") else norm
+
+
+def found(check: str, measured: float, verdict: Verdict, cause: str, remedy: str = "") -> Finding:
+    """A finding: what is well needs neither cause nor remedy.
+
+    Source: ours.
+    """
+    plain = Finding(check, float(measured))
+    if verdict == "well":
+        return plain
+    return replace(plain, verdict=verdict, cause=cause, remedy=remedy or plain.norm.remedy)
+
+
+def over(value: float, look: float, ill: float = math.inf) -> Verdict:
+    """Too much is bad, and so is what is no number.
+
+    Source: ours.
+    """
+    if not value <= ill:
+        return "ill"
+    return "look" if value > look else "well"
+
+
+def under(value: float, look: float, ill: float = -math.inf) -> Verdict:
+    """Too little is bad, and so is what is no number.
+
+    Source: ours.
+    """
+    if not value >= ill:
+        return "ill"
+    return "look" if value < look else "well"
+
+
+def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
+    """The ill first, upstream before downstream; then those to look at, then the rest.
+
+    Args:
+        findings: In the order of their checks, upstream first.
+        early: Whether the run has hardly begun, so that what comes late is no fault.
+
+    Source: ours.
+    """
+    sick = any(f.verdict == "ill" and f.norm.role in ("symptom", "late") for f in findings)
+
+    def judged(f: Finding) -> Finding:
+        if sick and f.verdict == "look" and f.norm.role == "suspicion":
+            return replace(f, verdict="ill")
+        if early and f.verdict == "ill" and f.norm.role == "late":
+            return replace(f, verdict="look")
+        return f
+
+    order = ("ill", "look", "well")
+    return tuple(sorted(map(judged, findings), key=lambda f: order.index(f.verdict)))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, the likely cause first.
+
+    Attributes:
+        findings: Ill ones first, upstream before downstream, then those to look at, then the rest.
+        skipped: Checks that could not be done, and why.
+        notes: What is true of this run and often mistaken for a fault.
+
+    Source: ours.
+    """
+
+    findings: tuple[Finding, ...]
+    skipped: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is ill."""
+        return all(finding.verdict != "ill" for finding in self.findings)
+
+    @property
+    def headline(self) -> str:
+        """One line: healthy, or the likely cause and what to do."""
+        worst = self.findings[0] if self.findings else None
+        if worst is None or worst.verdict == "well":
+            return "healthy"
+        if worst.verdict == "look":
+            return f"healthy, but look: {worst.cause}"
+        return f"ill: {worst.cause}. {worst.remedy}".strip()
+
+    def __str__(self) -> str:
+        """The headline, a table, and what was not done."""
+        lines = [self.headline, ""]
+        width = max((len(f.check) for f in self.findings), default=0)
+        for f in self.findings:
+            lines.append(f"{f.verdict:4}  {f.check:{width}}  {f.measured:9.3g}   {f.norm.normal}")
+            if f.verdict != "well":
+                lines.append(f"{'':{width + 20}}-> {f.cause}. {f.remedy}".rstrip())
+        lines += [f"note  {note}" for note in self.notes]
+        for why in dict.fromkeys(self.skipped.values()):
+            checks = ", ".join(check for check, reason in self.skipped.items() if reason == why)
+            lines.append(f"not done: {checks}; {why}")
+        return "\n".join(lines)
+
+    def numbers(self) -> dict[str, Any]:
+        """The same for a program to read; what is no number is `None`, which JSON knows."""
+        rows = [
+            {
+                **asdict(f),
+                "measured": f.measured if math.isfinite(f.measured) else None,
+                "normal": f.norm.normal,
+            }
+            for f in self.findings
+        ]
+        return {
+            "healthy": self.healthy,
+            "headline": self.headline,
+            "findings": rows,
+            "skipped": self.skipped,
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,189 @@
+"""How training went: steps, weights, losses, gradients, averages."""
+
+import math
+from collections.abc import Iterator
+from statistics import median
+
+from torch import Tensor
+from torch.func import functional_call
+
+from cmbook.doctor.findings import Finding, found, over, under
+from cmbook.doctor.patient import CONSISTENCY, Patient, Undone
+from cmbook.experiment import Experiment
+from cmbook.losses import ConsistencyTraining
+from cmbook.parameterization import Preconditioned
+from cmbook.protocols import Clock, Denoiser, Labels, PerSample, Samples
+
+Weights = dict[str, Tensor]
+
+
+def progress(p: Patient) -> Iterator[Finding]:
+    """Whether all steps were taken, and of how many samples each."""
+    steps, size = p.recipe.training.steps, p.recipe.training.batch_size
+    cause = f"training was not finished: step {p.run.step} of {steps}"
+    remedy = f"Go on: cmbook train RECIPE --out {p.run.folder} --resume"
+    done = p.run.step / steps
+    yield found("finished", done, under(done, 1), cause, remedy)
+    cause = f"the batch of {size} is too small: its gradient is mostly noise"
+    yield found("batch", size, under(size, 8), cause)
+
+
+def moved(p: Patient) -> Iterator[Finding]:
+    """Whether the weights moved, and not too far at once."""
+    knobs, first, now = p.recipe.training, p.weights.get("first"), p.weights.get("student")
+    size = _size(first or p.weights["average"])
+    lr, one = knobs.optimizer.lr, knobs.optimizer.lr / size
+    # Adam moves a weight by about the learning rate a step at most, whatever the gradient.
+    cause = f"the learning rate {lr:g} is too high: a step is {one:.2g} times as large as a weight"
+    yield found("step size", one, over(one, 0.2, 1), cause)
+    if first is None or now is None:
+        every = max(1, p.run.step // 1000)
+        rates = [knobs.learning_rate(Clock(k, knobs.steps)) for k in range(0, p.run.step, every)]
+        way = 0.03 * sum(rates) * every / size  # of all steps together, most goes back and forth
+    else:
+        still = sum(w.numel() for name, w in now.items() if bool((w == first[name]).all()))
+        share = still / sum(w.numel() for w in now.values())
+        cause = f"{share:.0%} of the student's weights are frozen: they are as they began"
+        if share == 1:
+            cause = "the student is frozen: it never learned, its weights are those it began with"
+        yield found("frozen weights", share, over(share, 0.0, 0.2), cause)
+        way = _apart(now, first) / max(_norm(first), 1e-12)
+    clip = "" if knobs.clip is None else f", or training.clip = {knobs.clip:g} leaves nothing"
+    cause = f"the weights have hardly moved: learning rate {lr:g} is too low, the steps few{clip}"
+    yield found("moved", way, under(way, 0.03, 0.003), cause)
+
+
+def curves(p: Patient) -> Iterator[Finding]:
+    """Whether the loss fell and the gradient stayed."""
+    rows = [row for row in p.rows if math.isfinite(row.get("loss", math.nan))]
+    if len(rows) < 4:
+        raise Undone("the log has fewer than 4 rows")
+    losses, quarter = [row["loss"] for row in rows], len(rows) // 4
+    last, before = (median(part) for part in (losses[-quarter:], losses[:-quarter]))
+    if min(losses) < 0:
+        cause, remedy = "the loss is negative, which no distance is", "Look at its sign"
+        yield found("loss", min(losses), "ill", cause, remedy)
+    elif not grows(p.recipe) and min(losses) > 0:
+        if not isinstance(p.recipe.objective, CONSISTENCY):  # theirs may begin near 0 and rise
+            ratio = last / losses[0]
+            cause = "the loss has risen since the start: the learning rate is too high"
+            yield found("loss", ratio, over(ratio, 1.1, 2), cause)
+        ratio = last / before
+        cause = "the loss goes up at the end: training has become unstable"
+        yield found("loss at the end", ratio, over(ratio, 3), cause)
+    norms = [row["gradient_norm"] for row in rows if "gradient_norm" in row]
+    if norms:
+        yield gradient_finding(norms)
+
+
+def gradient_finding(norms: list[float]) -> Finding:
+    """Whether the gradient is 0, or has exploded.
+
+    Args:
+        norms: Means of its norm, row by row of the log.
+
+    Source: ours.
+    """
+    usual = median(norms)
+    if usual == 0:
+        cause = "there is no gradient: nothing is learned, the student is frozen"
+        return found("gradient", 0, "ill", cause, "Check that the loss is not detached")
+    ratio = max(norms) / usual
+    # A curriculum raises norms tenfold; only an explosion raises a mean over 50 steps 100-fold.
+    cause = "the gradient explodes: the learning rate is too high, or an objective is unstable"
+    return found("gradient", ratio, over(ratio, 100), cause)
+
+
+def memory_finding(decay: float, steps: int) -> Finding:
+    """How much of the moving average is still the weights of the start.
+
+    Args:
+        decay: Of the average; the start counts with `decay` to the power of the steps.
+        steps: How many are taken.
+
+    Source: ours.
+    """
+    left = decay**steps
+    # Over a half, the average is more its start than all that was learned; a tenth shows.
+    cause = (
+        f"the average still remembers the first weights: they are {left:.0%} of it after {steps} "
+        f"steps, its decay {decay:g} is too near 1"
+    )
+    better = f"Set training.average_decay={max(0.0, 1 - 10 / max(steps, 11)):.3g}, or train longer"
+    return found("average memory", left, over(left, 0.1, 0.5), cause, better)
+
+
+def averages(p: Patient) -> Iterator[Finding]:
+    """Whether average and target follow the student."""
+    yield memory_finding(p.run.average, p.recipe.training.steps)
+    first, student = p.weights.get("first"), p.weights.get("student")
+    average, target = p.weights["average"], p.weights.get("target")
+    if student is None:
+        raise Undone("the student's weights are not at hand, only its average")
+    if first is not None and (way := _apart(student, first)) > 0:
+        moves = _apart(average, first) / way
+        if p.run.step * (1 - p.run.average) > 1:  # by now it should have gone most of the way
+            cause = "the average is frozen: it was not moved after each step"
+            yield found("average moves", moves, under(moves, 0.3, 0.05), cause)
+        if target is not None:
+            # Whatever mu, a target that follows has gone most of the way, even if at a distance.
+            ratio, left = _apart(target, first) / way, _remembered(p)
+            why = f"mu is too near 1: it keeps {left:.0%} of the first weights"
+            cause = f"the target does not move: {why if left > 0.5 else 'it is frozen'}"
+            yield found("target moves", ratio, under(ratio, 0.5, 0.1), cause)
+    if p.data is not None:
+        levels = p.skill(p.run.model, p.recipe).levels
+        theirs, ours = (
+            p.errors(model, p.asked, levels)[0]
+            for model in (_with(p.run.model, student), p.run.model)
+        )
+        cause = (
+            f"the average is far worse than the student: its decay {p.run.average:g} is too near 1 "
+            f"for {p.run.step} steps, or it did not follow"
+        )
+        ratio = max(own / max(other, 1e-300) for own, other in zip(ours, theirs, strict=True))
+        yield found("average behind", ratio, over(ratio, 1.5), cause)
+
+
+def grows(recipe: Experiment) -> bool:
+    """Whether the number of levels grows, so that losses cannot be compared.
+
+    Source: ours.
+    """
+    if not isinstance(recipe.objective, ConsistencyTraining):
+        return False
+    curriculum, steps = recipe.objective.curriculum, recipe.training.steps
+    return curriculum.levels_at(Clock(0, steps)) < curriculum.levels_at(Clock(steps - 1, steps))
+
+
+def _remembered(p: Patient) -> float:
+    """What is left of the first weights in the target."""
+    steps, every = p.recipe.training.steps, max(1, p.run.step // 1000)
+    clocks = (Clock(k, steps) for k in range(0, p.run.step, every))
+    return math.prod(p.recipe.objective.target_decay(clock) ** every for clock in clocks)
+
+
+def _with(model: Preconditioned, weights: Weights) -> Denoiser:
+    """The model with other weights."""
+
+    def other(x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
+        answer: Samples = functional_call(model, weights, (x, sigma, label))
+        return answer
+
+    return other
+
+
+def _size(weights: Weights) -> float:
+    """The root mean square of matrices' weights, those that begin at 0 aside."""
+    chosen = [w for w in weights.values() if w.ndim >= 2 and bool(w.any())]
+    count = sum(w.numel() for w in chosen)
+    return math.sqrt(sum(float(w.double().square().sum()) for w in chosen) / max(count, 1)) or 1e-12
+
+
+def _norm(weights: Weights) -> float:
+    return math.sqrt(sum(float(w.double().square().sum()) for w in weights.values()))
+
+
+def _apart(a: Weights, b: Weights) -> float:
+    """The distance of two sets of weights."""
+    return _norm({name: a[name].double() - b[name].double() for name in a})

@@ -1,0 +1,238 @@
+"""What comes before training: the data, the recipe, the teacher and its walk."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from cmbook.doctor.findings import Finding, Verdict, found, over, under
+from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask
+from cmbook.losses import ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
+from cmbook.noise import NoiseRange
+from cmbook.protocols import Clock, Samples
+
+
+def data_variety(p: Patient) -> Iterator[Finding]:
+    """Flat and repeated samples."""
+    x = p.seen.x.flatten(1).double()
+    if x.shape[1] >= 16:  # in few dimensions, flat samples and near neighbors are as they should be
+        flat = float((x.std(1, correction=0) < 1e-3).double().mean())
+        cause = f"{flat:.0%} of the samples are constant: one flat color"
+        yield found("data constant", flat, over(flat, 0.02, 0.2), cause)
+        rows = x[:1024]
+        apart = torch.cdist(rows, rows)
+        near = 0.02 * float(apart.median())
+        copies = float((apart.fill_diagonal_(math.inf).amin(1) <= near).double().mean())
+        bad = over(copies, 0.2, 0.6)
+    else:
+        copies = 1 - len(torch.unique(x, dim=0)) / len(x)
+        bad = over(copies, 0.1, 0.5 if p.length is not None else math.inf)
+    cause = f"the data repeat themselves: {copies:.0%} of them are like another"
+    yield found("data copies", copies, bad, cause)
+
+
+def data_range(p: Patient) -> Iterator[Finding]:
+    """Whether images lie in [-1, 1]."""
+    x, image = p.seen.x, p.seen.x.ndim == 4
+    low, high = float(x.min()), float(x.max())
+    largest, where = max(abs(low), abs(high)), ""
+    # Worlds of points have tails and reach a little over 1; pixels cannot.
+    if not math.isfinite(largest):
+        yield found("data range", largest, "ill", "the data hold NaN or infinity", "Leave them out")
+        return
+    if largest > (1.2 if image else 3.0):
+        where = "[0, 255]" if low >= 0 and largest > 20 else f"[{low:.3g}, {high:.3g}]"
+    elif image and low > -1e-3 and high > 0:
+        where = "[0, 1]"
+    elif image and high < 1e-3 and low < 0:
+        where = "[-1, 0]"
+    cause = f"the data lie in {where}, not in [-1, 1]"
+    yield found("data range", largest, "ill" if where else "well", cause)
+
+
+def data_layout(p: Patient) -> Iterator[Finding]:
+    """Whether neighboring pixels belong together."""
+    x = p.seen.x.double()
+    if x.ndim != 4 or min(x.shape[2:]) < 4:
+        return
+    centered = x - x.mean((2, 3), keepdim=True)
+    power = float(centered.square().mean()) or 1.0
+    across = float((centered[..., 1:] * centered[..., :-1]).mean()) / power
+    down = float((centered[..., 1:, :] * centered[..., :-1, :]).mean()) / power
+    # Drawings of 8x8 pixels still show 0.4. Scrambled pixels show 0, and so do, in one direction,
+    # images that were reshaped where they should have been transposed.
+    least = min(across, down)
+    cause = "neighboring pixels have nothing in common: the data are noise or were reshaped wrongly"
+    yield found("data layout", least, under(least, 0.1, 0.05), cause)
+    if x.shape[1] > 1:
+        each = x.std((0, 2, 3))
+        ratio = float(each.max() / each.min().clamp(min=1e-12))
+        cause = "the channels of the data have different scales"
+        yield found("data channels", ratio, over(ratio, 4, 10), cause)
+
+
+def data_labels(p: Patient) -> Iterator[Finding]:
+    """Whether all classes are there, and mean something."""
+    x, label = p.seen
+    if label is None or p.classes < 2:
+        return
+    share = label.bincount(minlength=p.classes).double() / len(label)
+    # exp(entropy) counts classes by how much they are there.
+    effective = float(torch.special.entr(share).sum().exp()) / p.classes
+    cause = f"one class dominates: {float(share.max()):.0%} of the data"
+    yield found("class balance", effective, under(effective, 0.5, 1.2 / p.classes), cause)
+    if len(x) < 20 * p.classes:
+        raise Undone("too few samples of each class are at hand to compare neighbors")
+    rows = x.flatten(1).double()
+    apart = torch.cdist(rows, rows).fill_diagonal_(math.inf)
+    agree = float((label[apart.argmin(1)] == label).double().mean())
+    chance = float(share.square().sum())
+    noise = math.sqrt(chance * (1 - chance) / len(rows))
+    bad: Verdict = "ill" if agree < chance + 4 * noise and chance < 0.95 else "well"
+    cause = "the labels are shuffled: neighbors share a class no more often than by chance"
+    yield found("label meaning", agree / chance, bad, cause)
+
+
+def same_data(p: Patient) -> Iterator[Finding]:
+    """Whether the data are those of the record."""
+    if p.data is None or (p.length or 0) > 200_000:  # a fingerprint reads all of them
+        return
+    same = p.data.sha256() == p.run.record.get("data_sha256")
+    cause = "the data at hand are not those that the run was trained on"
+    yield found("same data", float(same), "well" if same else "look", cause)
+    if p.length is not None:
+        cause = f"{p.length} samples are too few: a model learns them by heart"
+        yield found("data size", p.length, under(p.length, 100), cause)
+
+
+def sigma_data_finding(std: float, noise_range: NoiseRange) -> Finding:
+    """Whether sigma_data is the standard deviation of the data.
+
+    Args:
+        std: Of the data, over all samples and coordinates.
+        noise_range: The recipe's.
+
+    Source: Karras et al. (2022), Table 1: c_in makes inputs of unit variance.
+    """
+    ratio = noise_range.sigma_data / max(std, 1e-12)
+    # 2.5 times off, the network's inputs have 6 times the variance it is made for, or a sixth.
+    verdict = over(max(ratio, 1 / ratio), 1.3, 2.5)
+    cause = f"sigma_data is {noise_range.sigma_data:g}, but the data's std is {std:.3g}"
+    return found("sigma_data", ratio, verdict, cause, f"Set noise_range.sigma_data={std:.2g}")
+
+
+def noise_range(p: Patient) -> Iterator[Finding]:
+    """Whether the noise levels suit the data."""
+    yield sigma_data_finding(p.std, p.range)
+    # At 4 standard deviations 6% of the variance is still data, which sampling begins without.
+    top, low = p.range.sigma_max / p.std, p.range.sigma_min / p.std
+    cause = f"sigma_max = {p.range.sigma_max:g} is too small: under that noise the data still show"
+    remedy = f"Set noise_range.sigma_max={20 * p.std:.2g} or more"
+    yield found("sigma_max", top, under(top, 10, 4), cause, remedy)
+    cause = f"sigma_min = {p.range.sigma_min:g} is too large: samples keep that much noise"
+    yield found("sigma_min", low, over(low, 0.03, 0.1), cause)
+
+
+def finite(p: Patient) -> Iterator[Finding]:
+    """Whether weights and losses are numbers."""
+    broken = {
+        f"the {name}'s weights": sum(int((~w.isfinite()).sum()) for w in weights.values())
+        for name, weights in p.weights.items()
+        if name != "first"
+    }
+    broken["losses"] = sum(not math.isfinite(row.get("loss", 0.0)) for row in p.rows)
+    what = " and ".join(name for name, count in broken.items() if count)
+    count = sum(broken.values())
+    cause = f"{what} are NaN or infinite: training has diverged, or a file is damaged"
+    yield found("finite", count, "ill" if count else "well", cause)
+
+
+def boundary(p: Patient) -> Iterator[Finding]:
+    """Whether f(x, sigma_min) = x."""
+    objective = p.recipe.objective
+    if not isinstance(objective, CONSISTENCY):
+        name = type(objective).__name__
+        cause = f"{name} trains a diffusion model in a consistency model's scalings"
+        yield found("dress", p.jumps, "ill" if p.jumps else "well", cause)
+        return
+    scale = p.range.sigma_data
+    x = scale * p.noise("boundary")
+    answer = ask(p.run.model, x, p.range.sigma_min, p.told)
+    off = float((answer - x).square().mean().sqrt()) / scale
+    # c_skip = 1 and c_out = 0 there, whatever the weights, so only rounding is left.
+    cause = (
+        "the boundary is violated: f(x, sigma_min) is not x, so these are not the scalings of a "
+        "consistency model"
+    )
+    yield found("boundary", off, "well" if off < 1e-5 else "ill", cause)
+
+
+def levels(p: Patient) -> Iterator[Finding]:
+    """Whether the grid has enough levels at the end."""
+    objective, steps = p.recipe.objective, p.recipe.training.steps
+    if isinstance(objective, ConsistencyTraining):
+        n = objective.curriculum.levels_at(Clock(steps - 1, steps))
+    elif isinstance(objective, ConsistencyDistillation):
+        n = objective.levels
+    else:
+        return
+    # With 2 levels the target of pure noise is the data themselves, so the answer is their mean.
+    cause = f"too few noise levels, N = {n}: neighbors are too far apart to agree"
+    yield found("levels", n, under(n, 7, 4), cause)
+
+
+def drawn_levels(p: Patient) -> Iterator[Finding]:
+    """Whether training sees the noise levels where images form."""
+    if isinstance(p.recipe.objective, ProgressiveDistillation):
+        return  # its last rounds see no others than the largest
+    sigma, low, high = p.loss.sigma, LEVELS[0] * p.std / 2, LEVELS[-1] * p.std * 2
+    share = float(((sigma > low) & (sigma < high)).double().mean())
+    cause = f"noise levels of {low:.2g} to {high:.2g} are hardly ever trained: {share:.1%} of draws"
+    yield found("drawn levels", share, under(share, 0.05), cause)
+
+
+def teacher(p: Patient) -> Iterator[Finding]:
+    """Whether the teacher knows these data."""
+    if p.recipe.teacher is None:
+        return
+    theirs = p.at_hand
+    skill = p.skill(theirs.model, theirs.recipe)
+    ignorant = skill.learned is not None and skill.learned < 0.1
+    cause = "untrained, or trained too little"
+    if skill.poor or ignorant:
+        other = theirs.record.get("data_sha256") != p.run.record.get("data_sha256")
+        cause = p.dress(theirs.model, skill) or ("made for other data" if other else cause)
+    cause, remedy = f"the teacher is {cause}", f"Examine it: cmbook doctor {p.recipe.teacher}"
+    poor: Verdict = "ill" if skill.poor else "well"
+    yield found("teacher denoises", skill.worst[0], poor, cause, remedy)
+    yield found("teacher answers", skill.slope, poor, cause, remedy)
+    if skill.learned is not None:
+        yield found("teacher learned", skill.learned, under(skill.learned, 0.1, 0.1), cause, remedy)
+
+
+def walk(p: Patient) -> Iterator[Finding]:
+    """Where the teacher's walk leads, and what the grid of distillation loses of it."""
+    objective = p.recipe.objective
+    if not (p.jumps and objective.needs_teacher):
+        return
+    fine = p.walked(p.walker)
+    out = outside(p, fine)
+    why = f": guidance {p.recipe.guidance:g} is too strong" if p.recipe.guidance > 1 else ""
+    yield found("walk", out, over(out, 0.1, 0.3), f"the teacher's walk leaves the data{why}")
+    if isinstance(objective, ConsistencyDistillation):
+        # The walk's last level is 0, where the grid ends on sigma_min.
+        lost = p.off(p.walked(p.walker, max(2, objective.levels - 1), objective.solver), fine)
+        n = objective.levels
+        cause = f"objective.levels = {n} are too few: the grid is too coarse for the teacher's path"
+        yield found("grid", lost, over(lost, 0.4, 0.6), cause, "Raise it, or use Heun")
+
+
+def outside(p: Patient, x: Samples) -> float:
+    """The share of numbers that lie far outside the range of the data.
+
+    Source: ours.
+    """
+    seen = torch.tensor([-1.0, 1.0]) if p.data is None else p.seen.x
+    low, high = float(seen.min()), float(seen.max())
+    margin = 0.2 * (high - low)
+    return float((~((x > low - margin) & (x < high + margin))).double().mean())

@@ -1,0 +1,446 @@
+"""The doctor: broken runs are named by their cause, good ones are left in peace."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cmbook import (
+    EDM,
+    MLP,
+    ConsistencyDistillation,
+    ConsistencyScalings,
+    ConsistencyTraining,
+    ContinuousDistillation,
+    Digits,
+    DoublingLevels,
+    EDMScalings,
+    Experiment,
+    NoiseRange,
+    ProgressiveDistillation,
+    ResidualMLP,
+    TensorData,
+    Toy,
+    doctor,
+    run,
+    training,
+)
+from cmbook.__main__ import main
+from cmbook.distances import PseudoHuber
+from cmbook.experiment import Sampling, Training
+from cmbook.losses import edm, regression
+from cmbook.noise import LogNormal, add_noise
+from cmbook.parameterization import VEScalings
+from cmbook.runs import students
+from cmbook.training import Adam, RAdam
+
+
+def trains(recipe, **knobs):
+    return replace(recipe, training=replace(recipe.training, **knobs))
+
+
+def ranged(recipe, **knobs):
+    return replace(recipe, noise_range=replace(recipe.noise_range, **knobs))
+
+
+TRAINING = Training(
+    steps=500, batch_size=256, optimizer=Adam(3e-3), decay="cosine", average_decay=0.98,
+    save_every=10_000,
+)  # fmt: skip
+RING = Experiment(
+    Toy("ring"), EDM(), EDMScalings(), MLP(64, 3), NoiseRange(sigma_max=20.0), training=TRAINING,
+    sampling=Sampling(12, "heun", (20.0, 0.5)),
+)  # fmt: skip
+DIGITS = replace(
+    RING, data=Digits(), network=ResidualMLP(128, 2, 64),
+    objective=EDM(sigma_law=LogNormal(-0.3)),
+    noise_range=NoiseRange(sigma_max=20.0, sigma_data=0.75),
+)  # fmt: skip
+BRIEF = trains(RING, steps=250)
+QUICK = trains(DIGITS, steps=60, average_decay=0.9)  # what is wrong with data shows at once
+CD = ConsistencyDistillation(levels=12, distance=PseudoHuber(), weight="inverse_gap")
+CT = ConsistencyTraining(
+    curriculum=DoublingLevels(5, 40), distance=PseudoHuber(), weight="inverse_gap"
+)
+
+
+def taught(recipe, objective=CD, scalings=None, teacher="edm"):
+    """The recipe of a student; the teacher is a case."""
+    scalings = scalings or ConsistencyScalings()
+    return replace(recipe, objective=objective, scalings=scalings, network=None, teacher=teacher)
+
+
+# ── the runs ──
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, and what is done to it that no recipe says.
+
+    Attributes:
+        recipe: What it is made from, with the name of another case as teacher. Or such a name: then
+            it is a copy of that run.
+        cause: What the headline of a broken run says.
+        fault: Holds while training and while it is examined.
+        edit: Done to its folder afterwards.
+    """
+
+    recipe: Experiment | str
+    cause: str = ""
+    fault: Callable[[], AbstractContextManager] = nullcontext
+    edit: Callable[[Path], None] = lambda folder: None
+
+
+def digits_as(change):
+    """The digits, spoiled."""
+    real = Digits().build()
+    data = change(real.x, real.label)
+    return lambda: mock.patch.object(Digits, "build", return_value=data)
+
+
+def bytes_(x, label):
+    return TensorData(127.5 * (x + 1), label, bounded=False)
+
+
+def shuffled(x, label):
+    return TensorData(x, label.roll(333))
+
+
+def constant(x, label):
+    return TensorData(x.mean((1, 2, 3), keepdim=True).expand_as(x).contiguous(), label)
+
+
+def copied(x, label):
+    return TensorData(x[:40].repeat(30, 1, 1, 1), label[:40].repeat(30))
+
+
+def scrambled(x, label):
+    """Columns of memory read as rows: reshaped where it should have been transposed."""
+    return TensorData(x.flatten(1).T.reshape(x.shape).contiguous(), label)
+
+
+def deaf():
+    return mock.patch.object(EDMScalings, "c_noise", lambda self, sigma: torch.zeros_like(sigma))
+
+
+def frozen():
+    """The optimizer is given a copy of the weights: nothing that the loss knows."""
+
+    def build(self, model):
+        own = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        return torch.optim.Adam(own, self.lr)
+
+    return mock.patch.object(Adam, "build", build)
+
+
+def uphill():
+    """The loss with the wrong sign."""
+
+    def regress(*given):
+        loss = regression.regress(*given)
+        return replace(loss, value=-loss.value)
+
+    return mock.patch.object(edm, "regress", regress)
+
+
+def half_the_noise():
+    """Training adds less noise than it says."""
+    return mock.patch.object(edm, "add_noise", lambda x, noise, s: add_noise(x, noise, s / 2))
+
+
+def target_left_behind():
+    """Only averages for sampling are blended, never the target."""
+    real = training.blend
+
+    def blend(average, model, decay):
+        if decay != 0.95:
+            real(average, model, decay)
+
+    return mock.patch.object(training, "blend", blend)
+
+
+def edited(change, *names):
+    """Weights of the last checkpoint, changed behind the run's back; its checksums agree."""
+
+    def edit(folder):
+        (path,) = (folder / "checkpoints").glob("step-*")
+        sums = json.loads((path / "manifest.json").read_text())
+        for name in names:
+            file = path / f"{name}.safetensors"
+            save_file({key: change(w) for key, w in load_file(file).items()}, file)
+            sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (path / "manifest.json").write_text(json.dumps(sums))
+
+    return edit
+
+
+def rewritten(before, after):
+    """The record of a run, changed behind its back; its checksums agree."""
+
+    def edit(folder):
+        (path,) = (folder / "checkpoints").glob("step-*")
+        text = (path / "experiment.toml").read_text().replace(before, after)
+        for file in (folder / "experiment.toml", path / "experiment.toml"):
+            file.write_text(text)
+        sums = json.loads((path / "manifest.json").read_text())
+        sums["experiment.toml"] = hashlib.sha256(text.encode()).hexdigest()
+        (path / "manifest.json").write_text(json.dumps(sums))
+
+    return edit
+
+
+def with_nan(w):
+    w = w.clone()
+    w.view(-1)[0] = torch.nan
+    return w
+
+
+GOOD = {
+    "edm": Case(RING),
+    "cd": Case(taught(trains(RING, steps=400))),
+    "ct": Case(replace(RING, objective=CT, scalings=ConsistencyScalings())),
+    "continuous cd": Case(
+        taught(trains(RING, optimizer=RAdam(1e-3), steps=300), ContinuousDistillation())
+    ),
+    "progressive": Case(
+        taught(trains(RING, steps=150), ProgressiveDistillation(steps=4, last=2), EDMScalings())
+    ),
+    "digits": Case(DIGITS),
+    "digits cd": Case(taught(trains(DIGITS, steps=150), teacher="digits")),
+    "short": Case(trains(RING, steps=100, average_decay=0.95)),
+}
+BROKEN = {
+    # the data
+    "bytes": Case(QUICK, r"data lie in \[0, 255\]", digits_as(bytes_)),
+    "labels": Case(QUICK, "labels are shuffled", digits_as(shuffled)),
+    "constant": Case(QUICK, "constant: one flat color", digits_as(constant)),
+    "copies": Case(QUICK, "data repeat themselves", digits_as(copied)),
+    "layout": Case(QUICK, "reshaped wrongly", digits_as(scrambled)),
+    # the recipe
+    "sigma_data": Case(ranged(BRIEF, sigma_data=5.0), "sigma_data is 5, .* std is 0.49"),
+    "sigma_max": Case(ranged(BRIEF, sigma_max=1.0), "sigma_max = 1 is too small"),
+    "boundary": Case("cd", "boundary is violated", edit=rewritten("ConsistencyS", "EDMS")),
+    "coarse": Case(
+        taught(BRIEF, replace(CD, levels=3, solver="euler")), "objective.levels = 3 are too few"
+    ),
+    "levels drawn": Case(
+        replace(BRIEF, objective=EDM(sigma_law=LogNormal(-6.0, 0.5))), "hardly ever trained"
+    ),
+    # the teacher
+    "teacher in another dress": Case(taught(QUICK, teacher="ve"), "well in VEScalings"),
+    "teacher of other data": Case(taught(BRIEF, teacher="moons"), "teacher is made for other data"),
+    "teacher untrained": Case(taught(BRIEF, teacher="untrained"), "teacher is untrained"),
+    # training
+    "rate too high": Case(trains(BRIEF, optimizer=Adam(0.5)), "learning rate.* too high"),
+    "rate too low": Case(trains(BRIEF, optimizer=Adam(1e-7)), "learning rate 1e-07 is too low"),
+    "frozen": Case(BRIEF, "student is frozen", frozen),
+    "sign": Case(BRIEF, "loss is negative", uphill),
+    "average": Case(trains(BRIEF, average_decay=0.9999), "average still remembers"),
+    "target": Case(
+        taught(trains(RING, steps=300), replace(CD, decay=0.95)),
+        "target does not move",
+        target_left_behind,
+    ),
+    "nan": Case("edm", "NaN", edit=edited(with_nan, "average")),
+    # the model
+    "deaf": Case(BRIEF, "does not hear sigma", deaf),
+    "noise": Case(BRIEF, "takes away too much noise", half_the_noise),
+    "two levels": Case("edm", "sampling.levels = 2 are too few", edit=rewritten("s = 12", "s = 2")),
+}
+TEACHERS = {
+    "ve": Case(
+        trains(replace(DIGITS, scalings=VEScalings()), steps=300), edit=rewritten("VE", "EDM")
+    ),
+    "moons": Case(replace(RING, data=Toy("moons"))),
+    "untrained": Case(trains(RING, steps=1)),
+}
+CASES = GOOD | BROKEN | TEACHERS
+
+
+@dataclass(frozen=True)
+class Clinic:
+    """Runs and their diagnoses, each made once and only if asked for."""
+
+    root: Path
+    known: dict[str, doctor.Diagnosis] = field(default_factory=dict)
+
+    def folder(self, name: str) -> Path:
+        folder, case = self.root / name, CASES[name]
+        if isinstance(case.recipe, str) and not folder.exists():
+            shutil.copytree(self.folder(case.recipe), folder)
+            case.edit(folder)
+        elif not folder.exists():
+            recipe = case.recipe
+            if recipe.teacher is not None:
+                recipe = replace(recipe, teacher=str(self.folder(recipe.teacher)))
+            with case.fault():
+                run(recipe, folder, progress=False)
+            case.edit(folder)
+        return folder
+
+    def diagnosis(self, name: str) -> doctor.Diagnosis:
+        if name not in self.known:
+            folder = self.folder(name)
+            with CASES[name].fault():
+                self.known[name] = doctor.examine(folder)
+        return self.known[name]
+
+
+@pytest.fixture(scope="session")
+def clinic(tmp_path_factory):
+    return Clinic(tmp_path_factory.mktemp("clinic"))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_fault_is_named_first(clinic, name):
+    found = clinic.diagnosis(name)
+    assert found.headline.startswith("ill: "), str(found)
+    assert re.search(CASES[name].cause, found.headline), str(found)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_run_raises_no_alarm(clinic, name):
+    found = clinic.diagnosis(name)
+    assert found.healthy, str(found)
+    assert len(found.findings) > 20
+    assert "it failed" not in str(found)
+
+
+def test_the_students_that_come_with_the_package_are_healthy():
+    for name in students():
+        assert doctor.examine(name).headline == "healthy", name
+
+
+# ── what it says ──
+
+
+def test_a_run_that_was_stopped_is_no_alarm(clinic, tmp_path):
+    stopped = tmp_path / "run"
+    shutil.copytree(clinic.folder("edm"), stopped)
+    rewritten(f"steps = {RING.training.steps}", f"steps = {2 * RING.training.steps}")(stopped)
+    found = doctor.examine(stopped)
+    assert found.headline.startswith("healthy, but look: training was not finished: step ")
+
+
+def test_what_grows_is_told_not_to_be_a_fault(clinic):
+    assert any("need not fall while N grows" in note for note in clinic.diagnosis("ct").notes)
+    assert clinic.diagnosis("cd").notes == ()
+
+
+def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
+    seen = {f.check.removeprefix("teacher ") for n in CASES for f in clinic.diagnosis(n).findings}
+    assert seen <= set(doctor.NORMS)
+    assert set(doctor.NORMS) - seen <= {"data channels"}  # the digits are gray
+
+
+def test_what_is_not_at_hand_is_listed_apart(clinic, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(clinic.folder("cd"), moved)
+    rewritten(str(clinic.folder("edm")), "nowhere/edm")(moved)
+    (moved / "log.csv").unlink()
+    with mock.patch.object(Toy, "build", side_effect=ValueError("gone\nfor good")):
+        found = doctor.examine(moved)
+    assert found.healthy
+    reasons = set(found.skipped.values())
+    assert {"the data are not at hand (gone)", "the log has fewer than 4 rows"} <= reasons
+    assert "the teacher nowhere/edm is not at hand" in reasons
+    assert "not done: " in str(found)
+    assert "boundary" in {finding.check for finding in found.findings}
+
+
+def test_data_may_be_handed_over(clinic):
+    shifted = TensorData(Digits().build().x, Digits().build().label.roll(333))
+    found = doctor.examine(clinic.folder("digits"), data=shifted)
+    assert "labels are shuffled" in found.headline
+
+
+def test_nothing_is_written(clinic):
+    folder = clinic.folder("cd")
+
+    def state():
+        return {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in folder.parent.rglob("*")}
+
+    before = state()
+    doctor.examine(folder)
+    assert state() == before
+
+
+def test_the_command_exits_with_1_if_a_run_is_ill(clinic, capsys):
+    main(["doctor", str(clinic.folder("edm")), "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("healthy\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(clinic.folder("nan")), "--device", "cpu"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().out.startswith("ill: the average's weights are NaN")
+
+
+def test_a_program_reads_the_same_as_json(clinic, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", str(clinic.folder("nan")), "--json", "--device", "cpu"])
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    said = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert not said["healthy"]
+    assert said["headline"].startswith("ill: ")
+    first = said["findings"][0]
+    assert first["check"] == "finite"
+    assert first["verdict"] == "ill"
+    assert first["normal"] == doctor.NORMS["finite"].normal
+    assert any(finding["measured"] is None for finding in said["findings"])
+
+
+def test_the_commands_of_the_guide_run(capsys):
+    guide = Path(__file__).parents[1] / "docs/guides/healthy.md"
+    commands = re.findall(r"^cmbook (.+)$", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        main(command.split())
+        assert "healthy" in capsys.readouterr().out
+
+
+# ── while training ──
+
+
+def test_training_warns_of_what_shows_at_the_start():
+    assert doctor.warnings(RING, RING.data.build()) == []
+    wide = TensorData(127.5 * Digits().build().x, bounded=False)
+    said = doctor.warnings(trains(DIGITS, average_decay=0.9999), wide)
+    assert [line.split()[1] for line in said] == ["data", "is", "average"]
+    assert said[0].startswith("the data reach 128, not 1. ")
+    assert said[1].startswith("sigma_data is 0.75, but the data's std is ")
+    assert "average still remembers the first weights" in said[2]
+
+
+def test_training_warns_once_of_a_gradient_that_explodes():
+    watch, student = doctor.Watch(), torch.nn.Linear(2, 2)
+    said = []
+    for norm in (1.0, 1.2, 0.9, 1.1, 1.0, 500.0, 900.0):
+        with torch.no_grad():
+            student.weight += 1
+        said.append(watch(norm, student))
+    assert [len(lines) for lines in said] == [0, 0, 0, 0, 0, 1, 0]
+    assert "gradient explodes" in said[5][0]
+
+
+def test_training_warns_once_of_weights_that_do_not_move():
+    watch, student = doctor.Watch(), torch.nn.Linear(2, 2)
+    said = [watch(1.0, student) for _ in range(4)]
+    assert [len(lines) for lines in said] == [0, 1, 0, 0]
+    assert "the student is frozen" in said[1][0]
+
+
+def test_a_run_prints_these_warnings(tmp_path, capsys):
+    with frozen():
+        run(trains(RING, steps=120), tmp_path / "run", progress=False)
+    assert capsys.readouterr().err.count("note: no weight has moved") == 1
