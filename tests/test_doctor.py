@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
@@ -31,6 +32,7 @@ from cmbook import (
     TensorData,
     Toy,
     doctor,
+    load,
     run,
     training,
 )
@@ -334,6 +336,30 @@ def test_a_run_that_was_stopped_is_no_alarm(clinic, tmp_path):
 def test_what_grows_is_told_not_to_be_a_fault(clinic):
     assert any("need not fall while N grows" in note for note in clinic.diagnosis("ct").notes)
     assert clinic.diagnosis("cd").notes == ()
+
+
+class Outsider:
+    """A method that the package does not know."""
+
+    needs_teacher = False
+    noise_range = RING.noise_range
+
+    def target_decay(self, clock):
+        return 0.0
+
+    def __call__(self, models, batch, *, clock, generator):
+        return replace(CT, noise_range=self.noise_range)(
+            models, batch, clock=clock, generator=generator
+        )
+
+
+def test_a_method_from_outside_is_no_fault(clinic):
+    known = load(clinic.folder("ct"))
+    recipe = copy(known.recipe)
+    object.__setattr__(recipe, "objective", Outsider())  # a recipe's own check knows no others
+    found = doctor.examine(replace(known, recipe=recipe))
+    assert found.healthy, str(found)
+    assert {"boundary", "denoises", "variety"} <= {finding.check for finding in found.findings}
 
 
 def test_every_check_has_a_norm_and_every_norm_a_check(clinic):

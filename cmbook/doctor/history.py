@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cmbook.doctor.findings import Finding, found, over, under
-from cmbook.doctor.patient import CONSISTENCY, Patient, Undone
+from cmbook.doctor.patient import Patient, Undone
 from cmbook.experiment import Experiment
-from cmbook.losses import ConsistencyTraining
+from cmbook.losses import EDM, ConsistencyTraining
 from cmbook.parameterization import Preconditioned
 from cmbook.protocols import Clock, Denoiser, Labels, PerSample, Samples
 
@@ -64,7 +64,7 @@ def curves(p: Patient) -> Iterator[Finding]:
         cause, remedy = "the loss is negative, which no distance is", "Look at its sign"
         yield found("loss", min(losses), "ill", cause, remedy)
     elif not grows(p.recipe) and min(losses) > 0:
-        if not isinstance(p.recipe.objective, CONSISTENCY):  # theirs may begin near 0 and rise
+        if isinstance(p.recipe.objective, EDM):  # that of others may begin near 0 and rise
             ratio = last / losses[0]
             cause = "the loss has risen since the start: the learning rate is too high"
             yield found("loss", ratio, over(ratio, 1.1, 2), cause)

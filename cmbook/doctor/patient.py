@@ -16,6 +16,7 @@ from cmbook.data import Data, ImageData, TensorData
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
 from cmbook.losses import (
+    EDM,
     ConsistencyDistillation,
     ConsistencyTraining,
     ContinuousDistillation,
@@ -128,7 +129,7 @@ class Patient:
     @property
     def early(self) -> bool:
         """Whether training has hardly begun, or was not finished."""
-        least = LATER if isinstance(self.recipe.objective, CONSISTENCY) else EARLY
+        least = LATER if self.jumps else EARLY
         return not self.run.finished or self.run.step * self.recipe.training.batch_size < least
 
     @property
@@ -253,7 +254,7 @@ class Patient:
 
     def skill(self, model: Denoiser, recipe: Experiment) -> Skill:
         """What the answers of a model are worth that was made from this recipe."""
-        levels, few = _levels(recipe, self.std), isinstance(recipe.objective, _FEW)
+        levels, few = _levels(recipe, self.std), not isinstance(recipe.objective, EDM)
         own, slopes = self.errors(model, self.asked, levels)
         # One of the samples that x may have come from, which few-step models answer, is twice as
         # far off in square as their mean.
@@ -326,9 +327,6 @@ class Patient:
             found[said] = score(model, Batch(scale * batch.x + shift, batch.label), scale)
         best = min(found, key=found.__getitem__)
         return best if found[best] < min(0.3, score(model, batch) - 0.2) else None
-
-
-_FEW = (*CONSISTENCY, ProgressiveDistillation)
 
 
 def admit(made: "Run", data: Data | None, device: str) -> Patient:

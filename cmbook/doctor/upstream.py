@@ -7,7 +7,7 @@ import torch
 
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask
-from cmbook.losses import ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
+from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmbook.noise import NoiseRange
 from cmbook.protocols import Clock, Samples
 
@@ -150,11 +150,13 @@ def finite(p: Patient) -> Iterator[Finding]:
 def boundary(p: Patient) -> Iterator[Finding]:
     """Whether f(x, sigma_min) = x."""
     objective = p.recipe.objective
-    if not isinstance(objective, CONSISTENCY):
+    if isinstance(objective, EDM | ProgressiveDistillation):
         name = type(objective).__name__
         cause = f"{name} trains a diffusion model in a consistency model's scalings"
         yield found("dress", p.jumps, "ill" if p.jumps else "well", cause)
         return
+    if not (p.jumps or isinstance(objective, CONSISTENCY)):
+        return  # a method from outside in scalings of its own
     scale = p.range.sigma_data
     x = scale * p.noise("boundary")
     answer = ask(p.run.model, x, p.range.sigma_min, p.told)
