@@ -96,12 +96,17 @@ def test_progressive_distillation_counts_all_its_rounds():
     assert found.steps == len(recipe.objective.rounds) * recipe.training.steps
 
 
-def test_lpips_is_counted_without_its_weights():
-    """VGG-16's convolutions at 224x224 are 15.3 billion multiplications an image."""
+TRUNKS = {"vgg": 15.35e9, "alex": 0.656e9}  # multiplications of an image of 224x224
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_lpips_is_counted_without_its_weights(net, pooling):
     sizes = ["data.size=16"]
     plain = estimate(small(*sizes))
-    perceived = estimate(small(*sizes, "objective.distance.kind=LPIPS"))
-    trunk = 2 * 15.35e9  # of one image, forward
+    knobs = ("kind=LPIPS", f"net={net}", f"pooling={pooling}")
+    perceived = estimate(small(*sizes, *(f"objective.distance.{knob}" for knob in knobs)))
+    trunk = 2 * TRUNKS[net]  # of one image, forward
     # both images forward; back through the prediction's, to the image and no weight
     assert perceived.flops_step - plain.flops_step == pytest.approx(3 * trunk, rel=0.01)
 
@@ -243,8 +248,8 @@ def test_what_cannot_be_known_says_what_to_do():
     unnamed = loads(NO_NETWORK, ["teacher=runs/none"])
     with pytest.raises(ValueError, match="no \\[network\\]"):
         estimate(unnamed)
-    with pytest.raises(ValueError, match='net="vgg"'):
-        estimate(small("objective.distance.kind=LPIPS", "objective.distance.net=alex"))
+    with pytest.raises(ValueError, match='net="vgg" or "alex"'):
+        estimate(small("objective.distance.kind=LPIPS", "objective.distance.net=squeeze"))
 
 
 def test_a_teacher_that_is_a_shipped_recipe_says_which_network():
