@@ -55,7 +55,7 @@ class Training:
         also_average: Decays of further averages, chosen by `cmbook sample --average`.
         accumulation: Equal shards of a batch, evaluated one after the other, where memory is short.
         clip: The largest norm of the gradient; left out, it is not clipped.
-        precision: Of the networks' arithmetic.
+        precision: Of the networks' arithmetic. `"float32"` is without TF32.
         teacher_precision: Of the teacher's weights as they are kept. The target has no such
             choice: what a step adds to an average is less than bfloat16 can tell.
         compile: Whether `torch.compile` makes the networks faster, after a first step that takes
