@@ -57,7 +57,7 @@ class Training:
         clip: The largest norm of the gradient; left out, it is not clipped.
         precision: Of the networks' arithmetic. `"float32"` is without TF32.
         teacher_precision: Of the teacher's weights as they are kept. The target has no such
-            choice: what a step adds to an average is less than bfloat16 can tell.
+            choice: an average kept in bfloat16 lags about ten times as far behind the student.
         compile: Whether `torch.compile` makes the networks faster, after a first step that takes
             minutes. Not for continuous time, whose derivatives it breaks.
         save_every: Steps between checkpoints.
