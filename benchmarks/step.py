@@ -8,8 +8,11 @@ With --reference, a checkout of openai/consistency_models runs in the same sessi
 ours: its network and its loss, in float32, with the fastest attention kernel of PyTorch in place
 of the one that needs a GPU. Both take the same weights, images and noise levels, and must agree on
 the loss. Every measurement is a process of its own, so that its peak memory is its own. The floor
-is the sum of the network's convolutions and products alone, each at the best of several runs.
-Writes benchmarks/results/step-SIZE.json.
+is the sum of the network's convolutions and products alone, measured in turns with the codes in
+the same session, each operation at the best of all turns. --levers frozen-bfloat16 also says how
+far a target in bfloat16 lags behind the student, compared with one in float32, once RAdam is past
+its first five steps, which are not rectified.
+Writes benchmarks/results/step-SIZE-METHOD.json.
 """
 
 import argparse
@@ -49,6 +52,7 @@ SIZES = {
 }
 LEVERS = "bfloat16, teacher-bfloat16, frozen-bfloat16 (teacher and target), compile: with commas"
 LEVELS = {"cd": 40, "ct": 200}
+SETTLED = 12  # steps after which RAdam's are rectified
 
 
 def random_weights(net: nn.Module) -> None:
@@ -126,28 +130,33 @@ def ours(size: str, method: str, steps: int, levers: set[str]) -> dict[str, Any]
         loss.value.backward()
         return float(loss.value.detach())
 
-    moved: list[float] = []
+    rounded = "frozen-bfloat16" in levers
+    exact = frozen_copy(student) if rounded else target
 
     def averages() -> None:
-        if "frozen-bfloat16" in levers:
-            moved.append(blend_bfloat16(target.net, student.net, 0.95))
-        else:
-            blend(target, student, 0.95)
+        if rounded:
+            blend_bfloat16(target.net, student.net, 0.95)
+        blend(exact, student, 0.95)
         blend(average, student, 0.999)
 
-    measured = run(steps, optimizer, forward_backward, averages)
-    return measured | ({"target weights that moved": moved[0]} if moved else {})
+    measured = run(max(steps, SETTLED) if rounded else steps, optimizer, forward_backward, averages)
+    if rounded:
+        measured["target's lag over float32's"] = lag(target, student) / lag(exact, student)
+    return measured
 
 
 @torch.no_grad()
-def blend_bfloat16(average: nn.Module, model: nn.Module, decay: float) -> float:
-    """As `blend`, stored in bfloat16; the share of weights that this moves at all."""
-    moved = total = 0
+def blend_bfloat16(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """As `blend`, stored in bfloat16."""
     for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
-        before = ours.clone()
         ours.copy_(ours.float().lerp_(theirs, 1 - decay))
-        moved, total = moved + int((ours != before).sum()), total + ours.numel()
-    return moved / total
+
+
+@torch.no_grad()
+def lag(target: nn.Module, student: nn.Module) -> float:
+    """How far a target is behind, summed over all weights."""
+    pairs = zip(target.parameters(), student.parameters(), strict=True)
+    return sum(float((theirs - ours.float()).abs().sum()) for ours, theirs in pairs)
 
 
 def reference(size: str, method: str, steps: int, levers: set[str]) -> dict[str, Any]:
@@ -227,11 +236,12 @@ def stand_ins(checkout: str) -> None:
         sys.modules[name] = module
 
 
-def floor(size: str, method: str, repeats: int) -> dict[str, float]:
-    """Seconds of the network's convolutions and products alone, in one loss and its gradient.
+def operations(size: str, repeats: int) -> list[tuple[int, float, float]]:
+    """The network's convolutions and products alone, each distinct one with its own shapes.
 
-    Each distinct one is timed with its own shapes, forward and backward, at the best of several
-    runs; evaluations without gradient count forward only.
+    Returns:
+        How often a forward pass takes it, and its seconds forward, and forward and backward, at
+        the best of several runs.
     """
     network, shape, classes, _ = SIZES[size]
     net = network.build(shape, classes)
@@ -274,7 +284,7 @@ def floor(size: str, method: str, repeats: int) -> dict[str, float]:
     F.scaled_dot_product_attention = real  # type: ignore[assignment]
     for h in hooks:
         h.remove()
-    forward, both = 0.0, 0.0
+    found = []
     for key, (call, leaves) in seen.items():
         plain, full = [], []
         for _ in range(repeats + 1):
@@ -286,8 +296,18 @@ def floor(size: str, method: str, repeats: int) -> dict[str, float]:
             begin = time.perf_counter()
             torch.autograd.grad(call(), leaves, gradient)
             full.append(time.perf_counter() - begin)
-        forward += count[key] * min(plain)
-        both += count[key] * min(full)
+        found.append((count[key], min(plain), min(full)))
+    return found
+
+
+def floor(turns: list[dict[str, Any]], method: str) -> dict[str, float]:
+    """Seconds of all operations of a loss and its gradient, each at the best of all turns.
+
+    Evaluations without gradient count forward only.
+    """
+    each = list(zip(*(turn["operations"] for turn in turns), strict=True))
+    forward = sum(same[0][0] * min(turn[1] for turn in same) for same in each)
+    both = sum(same[0][0] * min(turn[2] for turn in same) for same in each)
     without = {"cd": 3, "ct": 1}[method]  # target and two of the teacher; target
     return {"forward": forward, "loss and backward": both + without * forward}
 
@@ -310,6 +330,9 @@ def work(arguments: argparse.Namespace) -> None:
         stand_ins(arguments.reference)
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     levers = set(filter(None, arguments.levers.split(",")))
+    if arguments.worker == "floor":
+        print(json.dumps({"operations": operations(arguments.size, arguments.steps)}))
+        return
     codes = {"ours": ours, "reference": reference}
     result = codes[arguments.worker](arguments.size, arguments.method, arguments.steps, levers)
     result["peak_bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline)
@@ -338,7 +361,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reference", default="")
     parser.add_argument("--levers", default="", help=LEVERS)
-    parser.add_argument("--worker", choices=("ours", "reference"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("ours", "reference", "floor"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments)
@@ -348,12 +371,15 @@ def main() -> None:
     if arguments.reference:
         kinds["reference"] = ("reference", [])
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    floors: list[dict[str, Any]] = []
     for turn in range(arguments.repeats):
         for kind, (code, levers) in kinds.items():
             if turn and levers:  # these are told apart without a second look
                 continue
             results[kind].append(measured(code, arguments, levers))
             print(f"{turn + 1} of {arguments.repeats}: {kind}", file=sys.stderr)
+        floors.append(measured("floor", arguments, []))
+        print(f"{turn + 1} of {arguments.repeats}: floor", file=sys.stderr)
     table: dict[str, Any] = {kind: summary(found) for kind, found in results.items()}
     if arguments.reference:
         pairs = zip(results["ours"][0]["losses"], results["reference"][0]["losses"], strict=True)
@@ -361,7 +387,7 @@ def main() -> None:
     for kind in kinds:  # the first loss is of the same weights, whatever the levers
         pair = [results[k][0]["losses"][0] for k in (kind, "ours")]
         table[kind]["first loss over ours"] = pair[0] / pair[1]
-    table["floor"] = floor(arguments.size, arguments.method, arguments.repeats)
+    table["floor"] = floor(floors, arguments.method) | {"in turns": True}
     for kind in kinds:
         over = table[kind]["loss and backward"] / table["floor"]["loss and backward"]
         table[kind]["loss and backward over its floor"] = over

@@ -83,9 +83,11 @@ class Estimate:
         batch_size: Of a step.
         gpus: That share a batch.
         shard: Samples that one of them holds at a time.
-        precision: Of the products.
+        precision: That the recipe asks for.
         flops_forward: Of one sample through the network.
         flops_step: Of one sample in a training step, teacher, target and distance included.
+        flops_by: The same by the precision of the products. LPIPS and forward-mode derivatives
+            stay in float32 whatever the recipe's precision is.
         memory: Of one GPU, by part.
         per_image: What one sample more in the shard adds.
         checkpoint: On disk.
@@ -103,6 +105,7 @@ class Estimate:
     precision: Precision
     flops_forward: int
     flops_step: int
+    flops_by: dict[Precision, int]
     memory: dict[str, int]
     per_image: int
     checkpoint: int
@@ -114,8 +117,13 @@ class Estimate:
 
     def hours(self, hardware: Hardware, utilization: float = UTILIZATION) -> float:
         """Of the whole run, if that share of the data sheet's speed is reached."""
-        operations = self.flops_step * self.batch_size * self.steps
-        return operations / (hardware.peak(self.precision) * utilization * self.gpus) / 3600
+        seconds = self.batch_size * self.steps * self.flops_step / self.speed(hardware)
+        return seconds / (utilization * self.gpus) / 3600
+
+    def speed(self, hardware: Hardware) -> float:
+        """Operations a second at the data sheet's speeds, each precision at its own."""
+        seconds = sum(flops / hardware.peak(each) for each, flops in self.flops_by.items())
+        return self.flops_step / seconds if seconds else hardware.peak(self.precision)
 
     def largest_shard(self, hardware: Hardware) -> int:
         """Samples that fit beside the weights, a tenth of the memory left free; 0 if none does."""
@@ -192,6 +200,7 @@ def estimate(
         shard,
         knobs.precision,
         step.flops_forward,
+        sum(step.flops.values()),
         step.flops,
         memory,
         per_image,
@@ -218,7 +227,9 @@ def report(found: Estimate, hardware: dict[str, Hardware], utilization: float) -
 
     Source: ours.
     """
-    name = {"float32": "float32", "bfloat16": "bfloat16 products, float32 weights"}
+    shares = (
+        f"{each} {flops / found.flops_step:.0%}" for each, flops in found.flops_by.items() if flops
+    )
     size = "x".join(str(side) for side in found.shape)
     lines = [
         f"samples      {size}, {found.classes or 'no'} classes",
@@ -227,7 +238,7 @@ def report(found: Estimate, hardware: dict[str, Hardware], utilization: float) -
         f"{found.flops_step / found.flops_forward:.1f} times the network's",
         f"run          {found.steps:,} steps of {found.batch_size:,}: "
         f"{_flops(found.flops_step * found.batch_size * found.steps)}",
-        f"precision    {name[found.precision]}",
+        f"products     in {', in '.join(shares)}",
         f"checkpoint   {_size(found.checkpoint)} on disk, of which two are kept",
         "",
         f"memory of one GPU of {found.gpus}, a shard of {found.shard:,} at a time",
@@ -239,10 +250,10 @@ def report(found: Estimate, hardware: dict[str, Hardware], utilization: float) -
         f"  {'':12} {'GB':>6} {'TFLOP/s':>8} {'hours':>9} {'largest shard':>14}",
     ]
     for title, each in hardware.items():
-        speed, hours = each.peak(found.precision) / 1e12, found.hours(each, utilization)
+        speed, hours = found.speed(each) / 1e12, found.hours(each, utilization)
         largest = found.largest_shard(each)
         lines.append(
-            f"  {title:12} {each.gigabytes:>6g} {speed:>8g} {_rounded(hours):>9} "
+            f"  {title:12} {each.gigabytes:>6g} {speed:>8.3g} {_rounded(hours):>9} "
             f"{f'{largest:,}' if largest else 'none fits':>14}"
         )
     return "\n".join(lines)
@@ -256,7 +267,8 @@ def numbers(found: Estimate, hardware: dict[str, Hardware], utilization: float) 
     rows = {
         title: {
             "gigabytes": each.gigabytes,
-            "flops_per_second": each.peak(found.precision),
+            "flops_per_second": found.speed(each),
+            "flops_per_second_by": {kind: each.peak(kind) for kind in found.flops_by},
             "hours": found.hours(each, utilization),
             "largest_shard": found.largest_shard(each),
         }
@@ -270,6 +282,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         flops: Of all products and convolutions.
+        flops_by: The same by the precision of what is multiplied.
         now: Bytes that are held.
         peak: The most that was.
 
@@ -278,7 +291,8 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.now = self.peak = 0
+        self.now = self.peak = 0
+        self.flops_by: dict[Precision, int] = {"float32": 0, "bfloat16": 0}
         self._held: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -287,11 +301,18 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            first = next(tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
+            kind: Precision = "bfloat16" if first.dtype == torch.bfloat16 else "float32"
+            self.flops_by[kind] += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._hold(tensor.untyped_storage())
         return out
+
+    @property
+    def flops(self) -> int:
+        """Of all precisions together."""
+        return sum(self.flops_by.values())
 
     def _hold(self, storage: Any) -> None:
         key = id(storage)  # PyTorch gives a storage one Python object as long as it lives
@@ -361,7 +382,7 @@ class _Traced:
         with self._ledger() as ledger, torch.no_grad():
             batch = self._batch(1)
             models.student(batch.x, torch.ones(1, device=META), batch.label)
-        self.flops_forward, self.flops = ledger.flops, 0
+        self.flops_forward, self.flops = ledger.flops, ledger.flops_by
 
     def peak(self, shard: int) -> int:
         """The most that a shard's loss and its gradient hold beside the weights."""
@@ -377,7 +398,7 @@ class _Traced:
                     self.models, batch, clock=Clock(0, knobs.steps), generator=_Nothing()
                 )
             loss.value.backward()
-        self.flops = ledger.flops // shard
+        self.flops = {kind: flops // shard for kind, flops in ledger.flops_by.items()}
         return ledger.peak
 
     def _batch(self, n: int) -> Batch:

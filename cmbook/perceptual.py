@@ -90,6 +90,10 @@ class LPIPS:
             parts = [weigh((a - b).square()).mean((1, 2, 3)) for weigh, a, b in layers]
         return torch.stack(parts).sum(0)
 
+    def prepare(self, device: torch.device) -> None:
+        """Fetch and check the trunk's weights now: a run asks before it makes its folder."""
+        _network(self.net, self.pooling, device)
+
     def _prepared(self, images: Samples) -> Tensor:
         """Three channels of float32, in the size that the trunk is to see."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -142,32 +146,58 @@ def _frozen(net: Trunk, pooling: Pooling, device: torch.device) -> Any:
 
 def _hollow(net: Trunk) -> nn.Module:
     """A network with shapes and no numbers: enough to count what it costs, without the package."""
-    if net != "vgg":
-        raise ValueError(f'the cost of LPIPS is known with net="vgg" alone; got {net!r}')
+    if net == "squeeze":
+        raise ValueError(f'the cost of LPIPS is known with net="vgg" or "alex"; got {net!r}')
     with torch.device("meta"):
-        slices, heads, channels = [], [], 3
-        for i, (width, layers) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
-            parts: list[nn.Module] = [nn.MaxPool2d(2)] if i else []
-            for _ in range(layers):
-                parts += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-                channels = width
-            slices.append(nn.Sequential(*parts))
-            heads.append(nn.Conv2d(width, 1, 1, bias=False))
-    return _Hollow(slices, heads)
+        slices = [nn.Sequential(*part) for part in {"vgg": _vgg, "alex": _alex}[net]()]
+        widths = [next(part[-2].parameters()).shape[0] for part in slices]  # of the convolution
+        return _Hollow(slices, [nn.Conv2d(width, 1, 1, bias=False) for width in widths])
+
+
+def _vgg() -> list[list[nn.Module]]:
+    """VGG-16 up to its last rectifier, cut where LPIPS looks."""
+    slices, channels = [], 3
+    for i, (width, layers) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        parts: list[nn.Module] = [nn.MaxPool2d(2)] if i else []
+        for _ in range(layers):
+            parts += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        slices.append(parts)
+    return slices
+
+
+def _alex() -> list[list[nn.Module]]:
+    """AlexNet, the same."""
+    convolutions = [
+        nn.Conv2d(3, 64, 11, stride=4, padding=2),
+        nn.Conv2d(64, 192, 5, padding=2),
+        nn.Conv2d(192, 384, 3, padding=1),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.Conv2d(256, 256, 3, padding=1),
+    ]
+    pooled = (1, 2)
+    return [
+        [*([nn.MaxPool2d(3, 2)] if i in pooled else []), layer, nn.ReLU(inplace=True)]
+        for i, layer in enumerate(convolutions)
+    ]
 
 
 class _Hollow(nn.Module):
-    """The package's network, as far as a distance uses it: VGG-16 up to its last rectifier."""
+    """The package's network, as far as a distance uses it."""
 
     def __init__(self, slices: Sequence[nn.Module], heads: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.slices, self.lins = nn.ModuleList(slices), nn.ModuleList(heads)
+        self.net, self.lins = _Slices(slices), nn.ModuleList(heads)
         self.scaling_layer = nn.Identity()
 
-    def net(self, images: Tensor) -> list[Tensor]:
+
+class _Slices(nn.ModuleList):
+    """A trunk, called as the package's is."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
         """What each slice says."""
         found = []
-        for part in self.slices:
+        for part in self:
             images = part(images)
             found.append(images)
         return found

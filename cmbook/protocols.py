@@ -49,7 +49,10 @@ class FlowMap(Protocol):
 
 @runtime_checkable
 class Distance(Protocol):
-    """Says how far each prediction is from its target, one number per sample."""
+    """Says how far each prediction is from its target, one number per sample.
+
+    One that needs files may have a method `prepare(device)`, which a run calls before it begins.
+    """
 
     def __call__(self, prediction: Samples, target: Samples) -> PerSample:
         """The distances, at least 0."""

@@ -168,9 +168,9 @@ def run(
 
     Raises:
         ValueError: If the folder holds a run and neither `resume` nor `overwrite` is given, the
-            recipe to resume is another, another process is at work in the folder, the teacher is
-            missing, a batch cannot be shared evenly, there is no room for a checkpoint, or
-            TensorBoard is asked for and not installed.
+            recipe to resume is another, another process is at work in the folder, the teacher or
+            what a distance needs is missing, a batch cannot be shared evenly, there is no room for
+            a checkpoint, or TensorBoard is asked for and not installed.
         Diverged: If a loss or gradient is not finite; once the state before it is on disk.
         OSError: If the disk is full or cannot be written; the last checkpoint is still good.
         Interrupted: After Ctrl-C, SIGTERM or SIGHUP, once a checkpoint is on disk.
@@ -244,6 +244,10 @@ def _carry_out(
     optimizer = knobs.optimizer.build(student)
     state = State.begin(student, optimizer, recipe.objective, knobs.also_average)
     inputs = processes.on_main(lambda: _inputs(data, teacher))
+    if not recipe.objective.needs_teacher:
+        teacher = None  # the student has begun as its copy, and no step asks it
+    if not resume:  # what is refused now leaves no folder
+        _prepare(recipe, student, processes)
     with ExitStack() as owned:
         last, changes = processes.on_main(
             lambda: _claim(
@@ -258,6 +262,7 @@ def _carry_out(
                 group.update({name: knob for name, knob in ours.items() if name != "params"})
         if state.step >= knobs.steps:  # nothing is left to do, nor to record
             return load(folder, device)
+        _prepare(recipe, student, processes)
         processes.on_main(lambda: _check_room(folder, state))
         text = processes.on_main(
             lambda: _record(folder, recipe, data, inputs, changes, device, processes.count)
@@ -531,6 +536,15 @@ def _teacher(recipe: Experiment, data: Data) -> Preconditioned | None:
             "must know classes and be trained with network.label_dropout, such as 0.1"
         )
     return theirs.model
+
+
+def _prepare(recipe: Experiment, student: Preconditioned, processes: Processes) -> None:
+    """Let a distance that needs files fetch them: the main process first, then they are there."""
+    prepare = getattr(getattr(recipe.objective, "distance", None), "prepare", None)
+    if prepare is not None:
+        device = next(student.parameters()).device
+        processes.on_main(lambda: prepare(device))
+        prepare(device)
 
 
 def _guided(teacher: Preconditioned | None, scale: float) -> Denoiser | None:

@@ -5,6 +5,7 @@ The caller logs, plots, saves or stops; `runs.py` is one such caller.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -155,7 +156,9 @@ def train(
             generator of its own, a function of (seed, k, s).
         clip: The largest norm of the gradient; a longer one is shortened to it.
         precision: `"bfloat16"` puts autocast around the whole objective, so that student and
-            target see the same rounding.
+            target see the same rounding. `"float32"` is what it says: cuDNN's convolutions in
+            TF32, PyTorch's default on GPUs, are off during a step, for their 10 bits would be more
+            rounding than neighbors on a fine grid differ by.
         seed: Of the noise.
         state: Where to go on, when resuming.
         processes: Those that train this student together, as in `with together() as processes`.
@@ -201,9 +204,10 @@ def train(
         losses = []
         for keys, shard in _shards(batch, shards, processes.shards(accumulation), device):
             generator = seeded(seed, "step", clock.step, *keys, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                loss = objective(models, shard, clock=clock, generator=generator)
-            (loss.value / shards).backward()
+            with _whole_float32():
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    loss = objective(models, shard, clock=clock, generator=generator)
+                (loss.value / shards).backward()
             losses.append(loss.detach())
         processes.add([p.grad for p in parameters if p.grad is not None])
         loss, norm = _joined(losses, processes), _clipped(parameters, clip)
@@ -216,6 +220,22 @@ def train(
             blend(average, student, decay)
         state.step += 1
         yield Step(clock, loss, state, norm, optimizer.param_groups[0]["lr"])
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """No convolution in TF32; afterwards all is as it was."""
+    cudnn = torch.backends.cudnn
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:  # set by PyTorch's newer names, one for each operation: that was a choice
+        yield
+        return
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 @torch.no_grad()

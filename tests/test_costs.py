@@ -96,12 +96,17 @@ def test_progressive_distillation_counts_all_its_rounds():
     assert found.steps == len(recipe.objective.rounds) * recipe.training.steps
 
 
-def test_lpips_is_counted_without_its_weights():
-    """VGG-16's convolutions at 224x224 are 15.3 billion multiplications an image."""
+TRUNKS = {"vgg": 15.35e9, "alex": 0.656e9}  # multiplications of an image of 224x224
+
+
+@pytest.mark.parametrize("net", TRUNKS)
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_lpips_is_counted_without_its_weights(net, pooling):
     sizes = ["data.size=16"]
     plain = estimate(small(*sizes))
-    perceived = estimate(small(*sizes, "objective.distance.kind=LPIPS"))
-    trunk = 2 * 15.35e9  # of one image, forward
+    knobs = ("kind=LPIPS", f"net={net}", f"pooling={pooling}")
+    perceived = estimate(small(*sizes, *(f"objective.distance.{knob}" for knob in knobs)))
+    trunk = 2 * TRUNKS[net]  # of one image, forward
     # both images forward; back through the prediction's, to the image and no weight
     assert perceived.flops_step - plain.flops_step == pytest.approx(3 * trunk, rel=0.01)
 
@@ -135,7 +140,55 @@ def test_bfloat16_halves_what_the_products_keep():
     wide = ["network.channels=64", "training.batch_size=64"]
     full, half = estimate(small(*wide)), estimate(small(*wide, "training.precision=bfloat16"))
     assert half.flops_step == full.flops_step
+    assert full.flops_by["bfloat16"] == 0
     assert 0.4 * full.per_image < half.per_image < full.per_image
+
+
+WIDE = Hardware(gigabytes=24, float32=1, bfloat16=4)
+
+
+def hours_by_hand(found, by):
+    """Each precision at its own speed."""
+    seconds = by.get("float32", 0) / 1e12 + by.get("bfloat16", 0) / 4e12
+    return seconds * found.batch_size * found.steps / 0.4 / 3600
+
+
+def test_lpips_is_in_float32_in_a_recipe_of_bfloat16():
+    knobs = ["data.size=16", "training.precision=bfloat16"]
+    plain, perceived = (
+        estimate(small(*knobs, f"objective.distance.kind={kind}")) for kind in ("L2", "LPIPS")
+    )
+    trunk = perceived.flops_step - plain.flops_step
+    assert plain.flops_by["bfloat16"] > 0.98 * plain.flops_step  # all but the embedding of σ
+    assert perceived.flops_by["bfloat16"] == plain.flops_by["bfloat16"]
+    assert perceived.flops_by["float32"] == plain.flops_by["float32"] + trunk
+    for found in (plain, perceived):
+        assert sum(found.flops_by.values()) == found.flops_step
+        assert found.hours(WIDE) == pytest.approx(hours_by_hand(found, found.flops_by))
+    optimist = hours_by_hand(perceived, {"bfloat16": perceived.flops_step})
+    assert perceived.hours(WIDE) > 2 * optimist
+
+
+def test_derivatives_are_in_float32_in_a_recipe_of_bfloat16():
+    found = estimate(taught("ContinuousDistillation", "training.precision=bfloat16"))
+    rounded = found.flops_by["bfloat16"] / found.flops_forward
+    assert rounded == pytest.approx(3 + 1, rel=0.05)  # student forward and backward, the teacher
+    # the target's value, and a slope: PyTorch's rule for convolutions takes two, the second of
+    # weights that do not move
+    assert found.flops_by["float32"] / found.flops_forward == pytest.approx(1 + 2, rel=0.05)
+
+
+def test_both_pages_tell_the_precisions_apart():
+    sizes = ["data.size=16", "training.precision=bfloat16", "objective.distance.kind=LPIPS"]
+    found = estimate(small(*sizes))
+    shares = {kind: found.flops_by[kind] / found.flops_step for kind in found.flops_by}
+    page = report(found, {"wide": WIDE}, 0.4)
+    assert f"in float32 {shares['float32']:.0%}, in bfloat16 {shares['bfloat16']:.0%}" in page
+    told = costs.numbers(found, {"wide": WIDE}, 0.4)
+    assert told["flops_by"] == found.flops_by
+    row = told["hardware"]["wide"]
+    assert row["flops_per_second_by"] == {"float32": 1e12, "bfloat16": 4e12}
+    assert 1e12 < row["flops_per_second"] < 4e12
 
 
 def test_the_ledger_balances():
@@ -243,8 +296,8 @@ def test_what_cannot_be_known_says_what_to_do():
     unnamed = loads(NO_NETWORK, ["teacher=runs/none"])
     with pytest.raises(ValueError, match="no \\[network\\]"):
         estimate(unnamed)
-    with pytest.raises(ValueError, match='net="vgg"'):
-        estimate(small("objective.distance.kind=LPIPS", "objective.distance.net=alex"))
+    with pytest.raises(ValueError, match='net="vgg" or "alex"'):
+        estimate(small("objective.distance.kind=LPIPS", "objective.distance.net=squeeze"))
 
 
 def test_a_teacher_that_is_a_shipped_recipe_says_which_network():

@@ -239,6 +239,33 @@ def test_the_tables_of_what_was_measured_are_filled_in(name):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_a_floor_above_what_was_measured_is_called_noise():
+    over = load("hooks")._over
+    ours = {"loss and backward": 9.0}
+    assert over(ours, {"loss and backward": 10.0}) == (
+        "floor, taken later; ours is 0.90 times it, which shows the noise"
+    )
+    beside = {"loss and backward": 6.0, "in turns": True}
+    assert over(ours, beside) == "floor; ours is 1.50 times it"
+
+
+def test_the_page_of_costs_lists_every_stored_figure_that_is_not_faster():
+    page = (ROOT / "docs/guides/costs.md").read_text(encoding="utf-8")
+    slow, measured = page[page.index("What is not faster") :], load("hooks").measured
+    small = measured("sample-small")
+    for code in ("official", "diffusers"):
+        ratio = small["ours"]["seconds"] / small[code]["seconds"]
+        assert (ratio <= 1) or f"| {ratio:.2f} |" in slow
+    for name in ("small-cd", "small-ct", "full-cd", "full-ct"):
+        found = measured(f"step-{name}")
+        ours, theirs = found["ours"], found["reference"]
+        whole = ours["whole step"] / theirs["whole step"]
+        assert whole <= 1 or f"| {whole:.2f} |" in slow
+        assert ours["averages"] < theirs["averages"]
+        assert 1.04 <= round(ours["optimizer"] / theirs["optimizer"], 2) <= 1.32
+        assert round(ours["peak_gb"] / theirs["peak_gb"], 2) <= 1.02
+
+
 def test_the_estimate_of_memory_is_within_15_percent_of_what_was_measured():
     """Of the committed measurement; below a gigabyte the libraries' own memory counts."""
     rows = load("hooks").measured("costs")["recipes"]

@@ -11,6 +11,8 @@ import torch
 from cmbook import (
     EDM,
     L1,
+    L2,
+    LPIPS,
     MLP,
     ConsistencyDistillation,
     ConsistencyScalings,
@@ -300,6 +302,33 @@ def test_a_recipe_on_a_base_states_only_what_differs():
 def test_another_kind_replaces_the_whole_table():
     ours = loads('base = "toy/ct"\nnetwork = { kind = "ResidualMLP" }')
     assert ours.network == ResidualMLP()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["kind=L2"], L2()),
+        (["kind=PseudoHuber"], PseudoHuber(c=0.1)),  # the same kind: nothing is dropped
+        (["kind=LPIPS", "pooling=average"], LPIPS(pooling="average")),
+        (["pooling=average", "kind=LPIPS"], LPIPS(pooling="average")),  # in any order
+        (["kind=LPIPS", "pooling=average", "kind=L2", "kind=PseudoHuber"], None),
+    ],
+)
+def test_another_kind_on_the_command_line_drops_what_the_old_one_had(overrides, expected):
+    text = recipe_text("cifar10/cd-laptop")
+    keys = [f"objective.distance.{override}" for override in overrides]
+    if expected is None:  # what was given by hand stays, and is refused by name
+        with pytest.raises(ValueError, match=r"objective\.distance\.pooling is not a setting"):
+            loads(text, keys)
+    else:
+        assert loads(text, keys).objective.distance == expected
+
+
+def test_another_optimizer_on_the_command_line_has_its_own_rate():
+    text = recipe_text("imagenet64/cd")
+    assert loads(text, ["training.optimizer.kind=Adam"]).training.optimizer == Adam()
+    both = ["training.optimizer.kind=Adam", "training.optimizer.lr=3e-5"]
+    assert loads(text, both).training.optimizer == Adam(lr=3e-5)
 
 
 def test_a_base_may_have_a_base(tmp_path, monkeypatch):

@@ -18,12 +18,15 @@ from PIL import Image
 import cmbook
 from cmbook import (
     EDM,
+    L2,
+    LPIPS,
     MLP,
     AdaptiveLevels,
     Clock,
     ConsistencyDistillation,
     ConsistencyScalings,
     ConsistencyTraining,
+    ContinuousTraining,
     Digits,
     DoublingLevels,
     EDMScalings,
@@ -40,14 +43,18 @@ from cmbook import (
     guided,
     load,
     ode_sample,
+    perceptual,
     prior,
     run,
+    runs,
     seeded,
     solve,
 )
 from cmbook.experiment import Sampling, Training
+from cmbook.parameterization import Preconditioned
+from cmbook.processes import Processes
 from cmbook.protocols import Batch
-from cmbook.training import Adam, RAdam
+from cmbook.training import Adam, RAdam, train
 
 TRAINING = Training(
     steps=6, batch_size=8, optimizer=Adam(), warmup=2, decay="cosine", average_decay=0.5,
@@ -900,3 +907,85 @@ def test_a_student_may_drop_other_units_than_its_teacher(tmp_path):
     rates = {part.p for part in student.modules() if isinstance(part, torch.nn.Dropout)}
     assert rates == {0.0}
     assert load(tmp_path / "cd").recipe.network.dropout == 0.0
+
+
+# ── what a run does before it begins ──
+
+
+def test_a_teacher_that_the_loss_never_asks_is_let_go(teacher, tmp_path, monkeypatch):
+    """The student starts as its copy and the record knows it: nothing else needs its memory."""
+    told = []
+
+    def watched(*args, **knobs):
+        told.append(knobs["teacher"])
+        return train(*args, **knobs)
+
+    monkeypatch.setattr(runs, "train", watched)
+    begun = replace(CT_RUN, objective=ContinuousTraining(), network=None, teacher=str(teacher))
+    made = make(begun, tmp_path / "ct")
+    assert told == [None]
+    assert made.record["teacher_sha256"]
+    assert make(begun, tmp_path / "ct", resume=True).finished
+    make(cd_run(teacher), tmp_path / "cd")
+    assert told[1] is not None
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """LPIPS on a machine without its weights."""
+
+    def refuse(net):
+        raise ValueError("LPIPS needs a file")
+
+    monkeypatch.setattr(perceptual, "_pretrained", refuse)
+    perceptual._network.cache_clear()
+    yield
+    perceptual._network.cache_clear()
+
+
+def perceived():
+    return replace(CT_RUN, objective=replace(CT_RUN.objective, distance=LPIPS()))
+
+
+def test_without_what_a_distance_needs_no_folder_is_made(no_weights, tmp_path):
+    with pytest.raises(ValueError, match="LPIPS needs a file"):
+        make(perceived(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_what_a_distance_needs_the_old_run_is_not_overwritten(no_weights, copied):
+    before = files(copied)
+    with pytest.raises(ValueError, match="LPIPS needs a file"):
+        make(perceived(), copied, overwrite=True)
+    assert files(copied) == before
+
+
+def test_a_finished_run_needs_no_distance(no_weights, copied):
+    file = copied / "experiment.toml"
+    text = file.read_text()
+    recorded = experiment.dumps(perceived())
+    file.write_text(recorded + text[text.index("[record]") :])
+    assert make(perceived(), copied, resume=True).finished
+
+
+def test_the_main_process_fetches_first():
+    order = []
+
+    class Distance(L2):
+        def prepare(self, device):
+            order.append(("prepare", device.type))
+
+    class Two(Processes):
+        def on_main(self, do):
+            order.append("main begins")
+            do()
+            order.append("main is done")
+
+    objective = replace(CT_RUN.objective, distance=Distance())
+    student = Preconditioned(MLP(8, 1).build((2,)), ConsistencyScalings())
+    runs._prepare(replace(CT_RUN, objective=objective), student, Two())
+    prepared = ("prepare", "cpu")
+    assert order == ["main begins", prepared, "main is done", prepared]
+    order.clear()
+    runs._prepare(CT_RUN, student, Two())
+    assert order == []

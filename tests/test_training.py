@@ -33,7 +33,15 @@ from cmbook import (
 from cmbook.losses import AnyObjective
 from cmbook.losses.regression import self_consistency
 from cmbook.protocols import Batch
-from cmbook.training import Adam, LearningRate, RAdam, State, frozen_copy, frozen_view
+from cmbook.training import (
+    Adam,
+    LearningRate,
+    RAdam,
+    State,
+    _whole_float32,
+    frozen_copy,
+    frozen_view,
+)
 
 RANGE = NoiseRange(sigma_max=10.0)
 RING = Toy("ring").build()
@@ -200,6 +208,36 @@ def test_every_weight_learns_in_every_precision(method, precision):
     before = deepcopy(student.state_dict())
     steps(METHODS[method], 1, student, precision=precision)
     assert not any(torch.equal(before[name], after) for name, after in student.state_dict().items())
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_is_without_tf32_during_a_step_and_as_before_between_steps(allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    seen = []
+
+    class Watched(EDM):
+        def __call__(self, models, batch, *, clock, generator):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return super().__call__(models, batch, clock=clock, generator=generator)
+
+    student, optimizer = begin(EDM(RANGE))
+    batches = RING.batches(8, 0)
+    for _ in train(student, batches, Watched(RANGE), steps=2, optimizer=optimizer):
+        assert torch.backends.cudnn.allow_tf32 == allowed
+    assert seen == [False, False]
+
+
+def test_a_choice_by_the_newer_names_stands():
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None:
+        pytest.skip("PyTorch before 2.9 has no newer names")
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        with _whole_float32():
+            assert conv.fp32_precision == "ieee"
+    finally:
+        conv.fp32_precision = before
 
 
 def test_bfloat16_rounds():
