@@ -173,12 +173,15 @@ def fill(model: nn.Module, weights: Weights, origin: Path) -> None:
     """Put weights into a model, all of them or none.
 
     Raises:
-        ValueError: If names or shapes are not those of the model.
+        ValueError: If names, shapes or kinds of numbers are not those of the model.
 
     Source: ours.
     """
     ours = model.state_dict()
     check_fit({name: weight.shape for name, weight in ours.items()}, weights, str(origin))
+    for name, weight in weights.items():
+        if weight.is_floating_point() != ours[name].is_floating_point():
+            raise ValueError(f"{origin}: {name} holds {weight.dtype}, expected {ours[name].dtype}")
     empty = any(weight.is_meta for weight in ours.values())
     weights = {name: weight.to(ours[name].dtype) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=empty)

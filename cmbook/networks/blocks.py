@@ -134,6 +134,8 @@ class Conditioning(nn.Module):
         self.early = early
         self.sinusoids = embedding
         told = embedding.width
+        if not told:
+            raise ValueError("a network of 1 channel cannot be told σ; channels must be at least 2")
         self.layers = nn.Sequential(nn.Linear(told, width), nn.SiLU(), nn.Linear(width, width))
         rows = (classes or 0) + bool(label_dropout)  # the last one says nothing
         self.label = nn.Embedding(rows, told if early else width) if classes else None
