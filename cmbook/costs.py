@@ -32,6 +32,7 @@ from cmbook.interop.foreign import skeleton
 from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import Network
 from cmbook.parameterization import EDMScalings, Preconditioned
+from cmbook.perceptual import LPIPS
 from cmbook.protocols import Batch, Clock, Denoiser, Models
 from cmbook.training import Precision, RAdam, distilled, frozen_copy, frozen_view
 
@@ -188,6 +189,7 @@ def estimate(
         "target": weights if isinstance(models.target, nn.Module) else 0,
         "averages": weights * (1 + len(knobs.also_average)),
         "optimizer": 2 * weights,  # two moments: of Adam as of RAdam
+        "distance": _bytes_of(getattr(recipe.objective, "distance", None)),
         "gradients, activations, workspace": max(held, weights + whole),
     }
     resting = sum(memory[part] for part in ("student", "target", "averages", "optimizer"))
@@ -479,6 +481,11 @@ def of_data(recipe: Experiment) -> tuple[tuple[int, ...], int]:
 
 def _bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
+
+
+def _bytes_of(distance: object) -> int:
+    """Of the trunk of LPIPS; other distances have no weights."""
+    return _bytes(distance.prepare(META)) if isinstance(distance, LPIPS) else 0
 
 
 def _memory() -> int:

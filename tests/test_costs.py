@@ -128,6 +128,13 @@ def test_memory_is_every_copy_of_the_weights():
     assert more.checkpoint == estimate(small()).checkpoint + 2 * weights
 
 
+def test_the_trunk_of_lpips_is_a_part_of_its_own():
+    """VGG-16's convolutions, 14,714,688 weights, and 1472 of LPIPS."""
+    assert estimate(small()).memory["distance"] == 0
+    sizes = ["data.size=16", "objective.distance.kind=LPIPS"]
+    assert estimate(small(*sizes)).memory["distance"] == 4 * (14_714_688 + 1472)
+
+
 def test_memory_grows_by_the_image_and_shrinks_by_the_shard():
     whole, halves = estimate(small()), estimate(small("training.accumulation=2"))
     four = estimate(small("training.accumulation=2"), gpus=2)
