@@ -1,12 +1,13 @@
 """Measured memory and speed of real training steps, beside what `cmbook estimate` says of them.
 
-    python benchmarks/costs.py                       (ten minutes, 11 GB)
-    python benchmarks/costs.py --only cifar10/ct
+    python benchmarks/costs.py                       (half an hour, 20 GB)
+    python benchmarks/costs.py --only cifar10/ct     (these rows anew, the others stay)
 
 Each recipe takes real steps in a process of its own, on the processor, in float32, with random
-weights and noise for images. Memory is what the process grows by from before the networks are
-built, the libraries being there, to its largest. Speed is the estimate's FLOPs over the fastest
-step's seconds, as a share of that of a large matrix product; on a busy machine it says little.
+weights and noise for images; where LPIPS takes part, its trunk is random too. Memory is what the
+process grows by from before the networks are built, the libraries being there, to its largest.
+Speed is the estimate's FLOPs over the fastest step's seconds, as a share of that of a large matrix
+product; on a busy machine it says little.
 Writes benchmarks/results/costs.json.
 """
 
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from cmbook import perceptual
 from cmbook.costs import estimate, of_data, this_machine
 from cmbook.experiment import Experiment, loads, recipe_text
 from cmbook.losses import ConsistencyTraining
@@ -36,17 +39,25 @@ from cmbook.protocols import Batch
 from cmbook.training import RAdam, distilled, train
 
 RESULTS = Path(__file__).parent / "results"
-L2 = ["objective.distance.kind=L2", "training.precision=float32"]
+PRODUCT = "gflop_per_second of a product"
+FLOAT = ["training.precision=float32"]
+L2 = ["objective.distance.kind=L2", *FLOAT]
 CASES = {  # recipe, batch, accumulation: what a machine of 24 GB can take
     "fashion/ct": (128, 1, []),
     "cifar10/edm": (8, 1, []),
+    "cifar10/edm-deep": (4, 1, []),
     "cifar10/cd": (8, 1, L2),
+    "cifar10/cd with LPIPS": (2, 1, FLOAT),
     "cifar10/ct": (8, 2, L2),
+    "cifar10/progressive": (8, 1, []),
     "cifar10/continuous-cd": (4, 1, []),
-    "imagenet64/edm": (4, 1, ["training.precision=float32"]),
+    "cifar10/continuous-ct": (4, 1, []),
+    "imagenet64/edm": (4, 1, FLOAT),
     "imagenet64/cd": (1, 1, L2),
     "imagenet64/ct": (2, 1, L2),
     "imagenet64/ct in two shards": (4, 2, L2),
+    "lsun256/edm": (1, 1, FLOAT),
+    "lsun256/cd": (1, 1, L2),
     "lsun256/ct": (1, 1, L2),
 }
 
@@ -55,8 +66,15 @@ def recipe_of(case: str) -> Experiment:
     """The recipe with the batch that fits."""
     batch, accumulation, further = CASES[case]
     sizes = [f"training.batch_size={batch}", f"training.accumulation={accumulation}"]
-    known = ["data.size=28", "data.channels=1", "data.classes=10"] if "fashion" in case else []
-    return loads(recipe_text(case.split()[0]), [*sizes, *known, *further])
+    return loads(recipe_text(case.split()[0]), [*sizes, *further])
+
+
+def random_trunk(net: perceptual.Trunk) -> nn.Module:
+    """LPIPS without its trained weights, which change neither memory nor work."""
+    trunk = perceptual._hollow(net).to_empty(device="cpu")
+    for i, weight in enumerate(trunk.parameters()):
+        weight.data.copy_(0.03 * normal(weight.data, seeded("trunk", i)))
+    return trunk
 
 
 def warm_up() -> None:
@@ -69,6 +87,7 @@ def warm_up() -> None:
 def work(case: str, steps: int) -> None:
     """What a process of its own does: take the steps, print, end."""
     recipe = recipe_of(case)
+    perceptual._pretrained = random_trunk
     shape, classes = of_data(recipe)
     warm_up()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -124,7 +143,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments.worker, arguments.steps)
-    product = this_machine().float32 * 1e3
+    file = RESULTS / "costs.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if arguments.only else {}
+    product = stored.get(PRODUCT) or this_machine().float32 * 1e3
     table: dict[str, Any] = {}
     for case in CASES:
         if not case.startswith(arguments.only):
@@ -141,12 +162,13 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "gflop_per_second of a product": product,
+        PRODUCT: product,
     }
-    text = json.dumps(about | {"recipes": table}, indent=1) + "\n"
-    if not arguments.only:
-        (RESULTS / "costs.json").write_text(text)
-    print(text)
+    if arguments.only:
+        about, table = stored, stored["recipes"] | table
+    rows = {case: table[case] for case in CASES if case in table}
+    file.write_text(json.dumps(about | {"recipes": rows}, indent=1) + "\n", encoding="utf-8")
+    print(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

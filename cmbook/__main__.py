@@ -153,7 +153,7 @@ class Estimate:
     """Say what a recipe costs before it runs: parameters, FLOPs, memory, hours.
 
     For example:  cmbook estimate imagenet64/cd --gpus 64
-                  cmbook estimate imagenet64/cd-one-gpu training.accumulation=128
+                  cmbook estimate imagenet64/cd-one-gpu training.accumulation=256
 
     Nothing is trained, and neither data nor teacher need be there.
     """

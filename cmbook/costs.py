@@ -32,11 +32,13 @@ from cmbook.interop.foreign import skeleton
 from cmbook.losses import ProgressiveDistillation
 from cmbook.networks import Network
 from cmbook.parameterization import EDMScalings, Preconditioned
+from cmbook.perceptual import LPIPS
 from cmbook.protocols import Batch, Clock, Denoiser, Models
 from cmbook.training import Precision, RAdam, distilled, frozen_copy, frozen_view
 
 META = torch.device("meta")
 UTILIZATION = 0.4
+FETCHED = {"fashion-mnist": ((1, 28, 28), 10)}  # by `cmbook data get`: shape, classes
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,16 @@ def estimate(
 
     Raises:
         ValueError: If the recipe leaves shape or classes to data that is not there, names neither
-            network nor a teacher that says which, or a batch cannot be shared evenly.
+            network nor a teacher that says which, there is no GPU, or a batch cannot be shared
+            evenly.
 
     Source: ours.
     """
     knobs = recipe.training
     parts = gpus * knobs.accumulation
-    if gpus < 1 or knobs.batch_size % parts:
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1; got {gpus}")
+    if knobs.batch_size % parts:
         raise ValueError(
             f"a batch of {knobs.batch_size} cannot be cut into {gpus} GPUs times accumulation "
             f"{knobs.accumulation} equal shards"
@@ -184,6 +189,7 @@ def estimate(
         "target": weights if isinstance(models.target, nn.Module) else 0,
         "averages": weights * (1 + len(knobs.also_average)),
         "optimizer": 2 * weights,  # two moments: of Adam as of RAdam
+        "distance": _bytes_of(getattr(recipe.objective, "distance", None)),
         "gradients, activations, workspace": max(held, weights + whole),
     }
     resting = sum(memory[part] for part in ("student", "target", "averages", "optimizer"))
@@ -255,6 +261,7 @@ def report(found: Estimate, hardware: dict[str, Hardware], utilization: float) -
         lines.append(
             f"  {title:12} {each.gigabytes:>6g} {speed:>8.3g} {_rounded(hours):>9} "
             f"{f'{largest:,}' if largest else 'none fits':>14}"
+            f"{'' if found.shard <= largest else f'  {found.shard:,} do not fit'}"
         )
     return "\n".join(lines)
 
@@ -266,6 +273,7 @@ def numbers(found: Estimate, hardware: dict[str, Hardware], utilization: float) 
     """
     rows = {
         title: {
+            "fits": found.shard <= found.largest_shard(each),
             "gigabytes": each.gigabytes,
             "flops_per_second": found.speed(each),
             "flops_per_second_by": {kind: each.peak(kind) for kind in found.flops_by},
@@ -461,6 +469,9 @@ def of_data(recipe: Experiment) -> tuple[tuple[int, ...], int]:
     try:
         built = data.build()
     except ValueError as error:
+        for name, known in FETCHED.items():
+            if data == Images(f"data/{name}"):
+                return known
         raise ValueError(
             f"{error}. Without the images, say what they are: data.size=64 data.channels=3, and "
             "data.classes=1000 or data.labelled=false"
@@ -470,6 +481,11 @@ def of_data(recipe: Experiment) -> tuple[tuple[int, ...], int]:
 
 def _bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
+
+
+def _bytes_of(distance: object) -> int:
+    """Of the trunk of LPIPS; other distances have no weights."""
+    return _bytes(distance.prepare(META)) if isinstance(distance, LPIPS) else 0
 
 
 def _memory() -> int:

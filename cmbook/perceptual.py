@@ -90,9 +90,10 @@ class LPIPS:
             parts = [weigh((a - b).square()).mean((1, 2, 3)) for weigh, a, b in layers]
         return torch.stack(parts).sum(0)
 
-    def prepare(self, device: torch.device) -> None:
-        """Fetch and check the trunk's weights now: a run asks before it makes its folder."""
-        _network(self.net, self.pooling, device)
+    def prepare(self, device: torch.device) -> nn.Module:
+        """The frozen trunk on a device, fetched and checked; a run asks before it has a folder."""
+        network: nn.Module = _network(self.net, self.pooling, device)
+        return network
 
     def _prepared(self, images: Samples) -> Tensor:
         """Three channels of float32, in the size that the trunk is to see."""

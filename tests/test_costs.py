@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_memory_is_every_copy_of_the_weights():
     more = estimate(small("training.also_average=[0.9,0.99]"))
     assert more.memory["averages"] == 3 * weights
     assert more.checkpoint == estimate(small()).checkpoint + 2 * weights
+
+
+def test_the_trunk_of_lpips_is_a_part_of_its_own():
+    """VGG-16's convolutions, 14,714,688 weights, and 1472 of LPIPS."""
+    assert estimate(small()).memory["distance"] == 0
+    sizes = ["data.size=16", "objective.distance.kind=LPIPS"]
+    assert estimate(small(*sizes)).memory["distance"] == 4 * (14_714_688 + 1472)
 
 
 def test_memory_grows_by_the_image_and_shrinks_by_the_shard():
@@ -279,13 +287,56 @@ def test_every_full_size_recipe_is_known_without_its_data(name):
     assert classes == (1000 if "imagenet" in name else 0)
 
 
+@cache
+def of_one_gpu(name):
+    return estimate(loads(recipe_text(name)))
+
+
 def test_imagenet64_fits_where_its_recipe_says():
-    found = estimate(loads(recipe_text("imagenet64/cd-one-gpu")))
+    found = of_one_gpu("imagenet64/cd-one-gpu")
     assert found.parameters == 295_899_267
-    assert found.largest_shard(HARDWARE["A100"]) >= found.shard
     page = report(found, HARDWARE, 0.4)
     assert "295,899,267" in page
     assert "A100" in page
+    assert "do not fit" not in page
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n.endswith("-one-gpu")])
+def test_every_recipe_of_one_gpu_fits_on_a_card_of_24_gigabytes(name):
+    text = recipe_text(name)
+    assert text.startswith(f"# {name.removesuffix('-one-gpu')} on one GPU of 24 GB.")
+    found = of_one_gpu(name)
+    assert 1 <= found.shard <= found.largest_shard(HARDWARE["RTX 4090"])
+
+
+def test_a_shard_that_does_not_fit_is_marked():
+    cards = {
+        "small": Hardware(0.1, 1, 1),
+        "none": Hardware(1e-3, 1, 1),
+        "large": Hardware(24, 1, 1),
+    }
+    found = estimate(small())
+    small_, none, large = report(found, cards, 0.4).splitlines()[-3:]
+    assert small_.endswith("  64 do not fit")
+    assert none.endswith("none fits  64 do not fit")
+    assert "fit" not in large
+    rows = costs.numbers(found, cards, 0.4)["hardware"]
+    assert [row["fits"] for row in rows.values()] == [False, False, True]
+
+
+@pytest.mark.parametrize("gpus", [0, -1])
+def test_there_is_at_least_one_gpu(gpus):
+    with pytest.raises(ValueError, match=f"gpus must be at least 1; got {gpus}"):
+        estimate(small(), gpus=gpus)
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n.startswith("fashion/")])
+def test_clothes_are_known_before_they_are_fetched(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = estimate(loads(recipe_text(name)))
+    assert (found.shape, found.classes) == ((1, 28, 28), 10)
+    with pytest.raises(ValueError, match="say what they are"):  # other pictures are not
+        estimate(loads(recipe_text(name), ["data.path=my/pictures"]))
 
 
 def test_what_cannot_be_known_says_what_to_do():

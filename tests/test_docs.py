@@ -272,6 +272,9 @@ def test_the_estimate_of_memory_is_within_15_percent_of_what_was_measured():
     large = [row for row in rows.values() if row["measured_gb"] > 1]
     assert len(large) >= 8
     assert all(abs(row["measured over estimated"] - 1) < 0.15 for row in large)
+    larger = [row for row in large if row["measured_gb"] > 3]
+    assert len(larger) >= 5
+    assert all(abs(row["measured over estimated"] - 1) < 0.05 for row in larger)
 
 
 # ── notebooks become pages ──
