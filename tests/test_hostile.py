@@ -513,13 +513,13 @@ def words(draw: random.Random) -> list[str]:
     }[command]
     for _ in range(draw.choice([0, 1, 1, 2])):
         if numbers[command] and draw.random() < 0.7:
-            quick = [number for number in hostile.NUMBERS if number not in (10**6, 1e6)]
-            given += [draw.choice(numbers[command]), str(draw.choice(quick))]
+            given += [draw.choice(numbers[command]), str(draw.choice(hostile.NUMBERS))]
         else:
             given += [draw.choice(paths), draw.choice([file, hostile.word(draw)])]
     if draw.random() < 0.2:
         given[draw.randrange(1, len(given))] = hostile.word(draw)
-    return ["/proc/none" if word == "/" else word for word in given]  # all of a disk takes long
+    long = {"/": "/proc/none", "1000000": "7"}  # all of a disk, a million samples: allowed
+    return [long.get(word, word) for word in given]
 
 
 def setting(draw: random.Random) -> str:
