@@ -98,7 +98,7 @@ def built(seed: int) -> None:
 
 
 def test_a_mutated_recipe_is_read_or_refused():
-    assert bad(range(400), built) == []
+    assert bad(range(300), built) == []
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def spoiled_model(seed: int, capsys) -> None:
 
 
 def test_spoiled_models_are_read_or_refused(capsys):
-    assert bad(range(60), lambda seed: spoiled_model(seed, capsys)) == []
+    assert bad(range(30), lambda seed: spoiled_model(seed, capsys)) == []
 
 
 @pytest.mark.slow
@@ -570,7 +570,7 @@ def refused_connection(*ignored: object, **named: object) -> None:
 
 
 def test_odd_arguments_end_in_a_result_or_a_sentence(desk, capsys, monkeypatch):
-    assert bad(range(150), lambda seed: typed(seed, capsys, monkeypatch)) == []
+    assert bad(range(100), lambda seed: typed(seed, capsys, monkeypatch)) == []
 
 
 @pytest.mark.slow
@@ -676,7 +676,7 @@ def trained(case: tuple[str, str, Any], capsys) -> None:
 
 
 def test_silly_settings_train_or_are_refused(capsys):
-    cases = random.Random(0).sample(silly(), 60)
+    cases = random.Random(0).sample(silly(), 50)
     assert bad(cases, lambda case: trained(case, capsys)) == []
 
 
