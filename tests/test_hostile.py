@@ -98,7 +98,7 @@ def built(seed: int) -> None:
 
 
 def test_a_mutated_recipe_is_read_or_refused():
-    assert bad(range(400), built) == []
+    assert bad(range(300), built) == []
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def spoiled_model(seed: int, capsys) -> None:
 
 
 def test_spoiled_models_are_read_or_refused(capsys):
-    assert bad(range(60), lambda seed: spoiled_model(seed, capsys)) == []
+    assert bad(range(30), lambda seed: spoiled_model(seed, capsys)) == []
 
 
 @pytest.mark.slow
@@ -513,13 +513,13 @@ def words(draw: random.Random) -> list[str]:
     }[command]
     for _ in range(draw.choice([0, 1, 1, 2])):
         if numbers[command] and draw.random() < 0.7:
-            quick = [number for number in hostile.NUMBERS if number not in (10**6, 1e6)]
-            given += [draw.choice(numbers[command]), str(draw.choice(quick))]
+            given += [draw.choice(numbers[command]), str(draw.choice(hostile.NUMBERS))]
         else:
             given += [draw.choice(paths), draw.choice([file, hostile.word(draw)])]
     if draw.random() < 0.2:
         given[draw.randrange(1, len(given))] = hostile.word(draw)
-    return ["/proc/none" if word == "/" else word for word in given]  # all of a disk takes long
+    long = {"/": "/proc/none", "1000000": "7"}  # all of a disk, a million samples: allowed
+    return [long.get(word, word) for word in given]
 
 
 def setting(draw: random.Random) -> str:
@@ -570,7 +570,7 @@ def refused_connection(*ignored: object, **named: object) -> None:
 
 
 def test_odd_arguments_end_in_a_result_or_a_sentence(desk, capsys, monkeypatch):
-    assert bad(range(150), lambda seed: typed(seed, capsys, monkeypatch)) == []
+    assert bad(range(100), lambda seed: typed(seed, capsys, monkeypatch)) == []
 
 
 @pytest.mark.slow
@@ -676,7 +676,7 @@ def trained(case: tuple[str, str, Any], capsys) -> None:
 
 
 def test_silly_settings_train_or_are_refused(capsys):
-    cases = random.Random(0).sample(silly(), 60)
+    cases = random.Random(0).sample(silly(), 50)
     assert bad(cases, lambda case: trained(case, capsys)) == []
 
 

@@ -228,7 +228,7 @@ def _read_file(path: Path) -> tuple[Weights, AnyScalings | None, float]:
         return check_weights(held, str(path)), None, 0.0
     inner = table(held, "_modules").get("model")
     dropped = number(inner, "label_dropout", 0.0) if isinstance(inner, Inert) else 0.0
-    return tensors(held), _scalings(held), dropped
+    return check_weights(tensors(held), str(path)), _scalings(held), dropped
 
 
 def _scalings(precond: Inert) -> AnyScalings | None:
