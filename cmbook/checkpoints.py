@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from cmbook.training import State
 Weights = dict[str, Tensor]
 SHARED = {"average.safetensors", "experiment.toml"}  # enough to sample from
 ALWAYS = SHARED | {"student.safetensors", "state.pt"}
+ROOM = 1 << 20  # bytes: a disk with less is full
 SHOWN = 5  # names that an error lists
 
 
@@ -59,7 +60,7 @@ def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
     if path in checkpoints(folder):
         return path
     for rest in [*folder.glob(path.name), *folder.glob(".unfinished-*")]:
-        shutil.rmtree(rest)
+        shutil.rmtree(rest, ignore_errors=True)
     with _whole(path) as put:
         moments = {"step": state.step, "optimizer": state.optimizer.state_dict()}
         put("state.pt", partial(_pickled, moments))  # the largest first: it is summed up longest
@@ -67,7 +68,8 @@ def save(folder: Path, state: State, recipe: str, keep: int = 2) -> Path:
             put(f"{name}.safetensors", partial(save_file, _weights(model)))
         put("experiment.toml", partial(Path.write_text, data=recipe, encoding="utf-8"))
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.rename(folder / f".unfinished-{old.name}"))
+        with suppress(OSError):  # the new one is safe, and the next save tries again
+            shutil.rmtree(old.rename(folder / f".unfinished-{old.name}"))
     return path
 
 
@@ -239,9 +241,11 @@ def _whole(path: Path) -> Iterator[Callable[[str, Callable[[Path], object]], Non
         unfinished.rename(path)
         flush(path.parent)
     except BaseException as error:  # also Ctrl-C: what is not whole does not stay
+        full = unfinished.is_dir() and shutil.disk_usage(unfinished).free < ROOM
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, RuntimeError | SafetensorError):  # so the two libraries say it
-            raise OSError(str(error).splitlines()[0]) from error
+            why = "no space left on the disk" if full else str(error).splitlines()[0]
+            raise OSError(why) from error
         raise
 
 

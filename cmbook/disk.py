@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,8 +71,9 @@ def owned(folder: Path) -> Iterator[None]:
                 f"{other} is at work in {folder}; wait until it ends, stop it, or choose another "
                 "folder"
             )
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode())
+        with suppress(OSError):  # a full disk: then nobody reads whose it is
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode())
         yield
     finally:
         os.close(handle)

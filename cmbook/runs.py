@@ -10,6 +10,7 @@ This stands on floor 4, not 3: it reads recipes, and `experiment` lives here.
 """
 
 import csv
+import math
 import platform
 import shutil
 import signal
@@ -177,13 +178,14 @@ def run(
 
     Source: ours.
     """
+    if changed and not resume:
+        raise ValueError("--changed goes on with a run that is there; say --resume, too")
     parts = rounds(recipe, Path(folder))
     teacher, device = recipe.teacher, processes.device or device
     again = processes.on_main(lambda: _look(parts, teacher, resume, overwrite, tensorboard))
-    for (part, where), goes_on in zip(parts, again, strict=True):
-        done = _carry_out(
-            part, where, goes_on, changed, overwrite, device, progress, tensorboard, processes
-        )
+    for i, ((part, where), goes_on) in enumerate(zip(parts, again, strict=True), 1):
+        how = (goes_on, changed, overwrite, i < len(parts))
+        done = _carry_out(part, where, *how, device, progress, tensorboard, processes)
     return done
 
 
@@ -229,12 +231,13 @@ def _carry_out(
     resume: bool,
     changed: bool,
     overwrite: bool,
+    more: bool,
     device: str,
     progress: bool,
     tensorboard: bool,
     processes: Processes,
 ) -> Run:
-    """One run."""
+    """One run; whether more rounds follow."""
     recipe = complete(recipe)
     data = recipe.data.build()
     teacher = _teacher(recipe, data)
@@ -249,9 +252,11 @@ def _carry_out(
     if not resume:  # what is refused now leaves no folder
         _prepare(recipe, student, processes)
     with ExitStack() as owned:
-        last, changes = processes.on_main(
+        needed = _bytes(state)
+        last, changes, notes = processes.on_main(
             lambda: _claim(
-                folder, recipe, inputs, resume, changed, overwrite, processes.count, owned
+                *(folder, recipe, inputs, resume, changed, overwrite, more),
+                *(processes.count, needed, owned),
             )
         )
         if last is not None:
@@ -263,12 +268,11 @@ def _carry_out(
         if state.step >= knobs.steps:  # nothing is left to do, nor to record
             return load(folder, device)
         _prepare(recipe, student, processes)
-        processes.on_main(lambda: _check_room(folder, state))
         text = processes.on_main(
             lambda: _record(folder, recipe, data, inputs, changes, device, processes.count)
         )
         if processes.is_main:
-            _warn(doctor.warnings(recipe, data))
+            _warn([*notes, *doctor.warnings(recipe, data)])
         if teacher is not None:
             teacher.to(device)
             if knobs.teacher_precision == "bfloat16":
@@ -300,11 +304,11 @@ def _carry_out(
         shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
         with shown as board:
             try:
-                _follow(steps, state, recipe, folder, text, progress, board, processes)
-            except Diverged as stop:
+                _follow(steps, state, recipe, folder, text, more, progress, board, processes)
+            except Diverged as stop:  # on every process: all see the same numbers
                 kept = processes.on_main(lambda: _keep(state, folder, text))
                 raise Diverged(
-                    f"{stop}{_named(stop, data, recipe)}. {kept}", stop.step, stop.sample
+                    f"{stop}{_named(stop, data, recipe, state)}. {kept}", stop.step, stop.sample
                 ) from stop
         return load(folder, device)
 
@@ -315,6 +319,7 @@ def _follow(
     recipe: Experiment,
     folder: Path,
     text: str,
+    more: bool,
     progress: bool,
     board: Board | None,
     processes: Processes,
@@ -322,7 +327,7 @@ def _follow(
     """Take the steps; log, save, show a bar, and stop after a step if the user asks."""
     knobs = recipe.training
     log = _Log(folder / "log.csv", state.step) if processes.is_main else None
-    bar, patience = _bar(recipe, folder, state.step, progress), _patience()
+    bar, patience = _bar(recipe, folder, state.step, progress), _patience(processes.count > 1)
     watch = doctor.Watch()
     with bar, patience as stopped:
         for step in steps:
@@ -331,6 +336,7 @@ def _follow(
             if log is not None:
                 log.add(step)
                 if state.step % LOG_EVERY == 0 or save:
+                    _check_ours(folder, text)
                     row = log.write(step, state.step * knobs.batch_size)
                     _warn(watch(row["gradient_norm"], state.student))
                     bar.set_postfix_str(f"loss {row['loss']:.3g}", refresh=False)
@@ -338,27 +344,26 @@ def _follow(
                         board.scalars(state.step, row)
             bar.update()
             if save:
+                if not _is_finite(state):  # must not replace what is good
+                    after = f"after step {state.step} its weights are not all finite"
+                    raise Diverged(f"training has diverged: {after}", state.step - 1, None)
                 processes.check_equal(state.tensors)
                 processes.on_main(lambda: _save(state, recipe, folder, text, board))
-            if stop and not last:
+            if last and more:
+                stop = processes.any(stopped.is_set())  # also what came in this save
+            if stop and (more or not last):
                 taken = f"step {state.step} of {knobs.steps}"
                 raise Interrupted(f"stopped after {taken}; the checkpoint is in {folder}")
 
 
 def _save(state: State, recipe: Experiment, folder: Path, text: str, board: Board | None) -> None:
-    if not _is_finite(state):  # must not replace what is good
-        raise Diverged(
-            f"training has diverged: after step {state.step} its weights are not all finite. "
-            f"{_last_good(folder)}",
-            state.step - 1,
-            None,
-        )
+    _check_ours(folder, text)
     try:
         checkpoints.save(folder / "checkpoints", state, text)
     except OSError as error:
         raise OSError(
             f"step {state.step} of {folder} could not be saved: {error.strerror or error}. "
-            f"{_last_good(folder)}"
+            f"{_last_good(folder)}; mend what is wrong, such as no room, and go on with --resume"
         ) from error
     if board is not None:
         _show(board, state, recipe, folder, text)
@@ -587,27 +592,32 @@ def _claim(
     resume: bool,
     changed: bool,
     overwrite: bool,
+    more: bool,
     processes: int,
+    needed: int,
     owned: ExitStack,
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Path | None, list[str], list[str]]:
     """Make sure that no run is lost by writing into this folder; say where to go on, and how else.
 
     Returns:
-        The last checkpoint, and what is another than in the run so far, if that is allowed.
+        The last checkpoint, what is another than in the run so far, and what to say of that.
     """
     there, saved = folder / "experiment.toml", folder / "checkpoints"
     _check_folder(folder, recipe.teacher, resume, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     owned.enter_context(disk.owned(folder))
     _check_folder(folder, recipe.teacher, resume, overwrite)  # nothing was begun meanwhile
-    found, changes = checkpoints.checkpoints(saved), []
+    found, step = checkpoints.checkpoints(saved) if resume else [], 0
+    changes, notes = list[str](), list[str]()
     if resume:
         step = int(found[-1].name.removeprefix("step-")) if found else 0
-        changes = _check_same(folder, there, recipe, inputs, processes, step, changed)
-    elif overwrite:
+        changes, notes = _check_same(folder, there, recipe, inputs, processes, step, changed, more)
+    if step < recipe.training.steps:
+        _check_room(folder, needed, saved if overwrite else None)
+    if overwrite:
         for path in (saved, folder / "tensorboard", folder / "log.csv", there):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return (found[-1] if resume and found else None), changes
+    return (found[-1] if found else None), changes, notes
 
 
 def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bool) -> None:
@@ -642,8 +652,9 @@ def _check_same(
     processes: int,
     step: int,
     changed: bool,
-) -> list[str]:
-    """What is another than in the run so far: all that ever was, as the record tells it.
+    more: bool,
+) -> tuple[list[str], list[str]]:
+    """What is another than in the run so far: all that ever was, for the record; and to be said.
 
     Raises:
         ValueError: If anything is, and that is not allowed.
@@ -671,36 +682,40 @@ def _check_same(
                 "--overwrite makes it anew, --out names another folder"
             )
         changes.append(what[name])
+    done = step >= recipe.training.steps
+    if done and (more or not changes):  # a round that has ended stays as it was
+        return told, []
+    now = {"processes": processes, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    changes += [
+        f"{name} was {record[name]}, now {found}"
+        for name, found in now.items()
+        if record.get(name, found) != found
+    ]
     if not changes:
-        return told
-    if step >= recipe.training.steps:
+        return told, []
+    if done:
         raise ValueError(
             f"{folder} has taken {step} steps, and this recipe wants {recipe.training.steps}; "
             "raise training.steps, or choose another --out"
         )
     line = f"from step {step} on: {', '.join(changes)}"
-    _warn([line, *_rescaled(before, recipe, step)])
-    return [*told, line]
+    return [*told, line], [line, *_rescaled(before, recipe, step)]
 
 
 def _rescaled(before: Experiment, after: Experiment, step: int) -> list[str]:
-    """What jumps because it is a function of k/K, in a line."""
+    """What jumps here because settings of a schedule are others, in a line."""
     old, new = (
-        ({}, {})
-        if before.training.steps == after.training.steps
-        else (
-            _schedule(recipe, Clock(min(step, recipe.training.steps - 1), recipe.training.steps))
-            for recipe in (before, after)
-        )
+        _schedule(recipe, Clock(min(step, recipe.training.steps - 1), recipe.training.steps))
+        for recipe in (before, after)
     )
     moved = [
         f"{name} was {old[name]:.4g}, now {new[name]:.4g}"
         for name in old
         if name in new and old[name] != new[name]
     ]
-    return (
-        [f"schedules are functions of k/K, and K is another: {', '.join(moved)}"] if moved else []
-    )
+    longer = before.training.steps != after.training.steps
+    why = "schedules are functions of k/K, and K is another: " if longer else "here "
+    return [why + ", ".join(moved)] if moved else []
 
 
 def _schedule(recipe: Experiment, clock: Clock) -> dict[str, float]:
@@ -819,8 +834,11 @@ def _warn(said: list[str]) -> None:
 
 def _keep(state: State, folder: Path, text: str) -> str:
     """Save what a step that was not taken has left as it was; say what to do."""
-    if state.step > 0 and _is_finite(state):
-        checkpoints.save(folder / "checkpoints", state, text)
+    try:
+        if state.step > 0 and _is_finite(state):
+            checkpoints.save(folder / "checkpoints", state, text)
+    except OSError as error:
+        return f"Step {state.step} could not be saved: {error}. {_last_good(folder)}"
     return _last_good(folder)
 
 
@@ -829,17 +847,19 @@ def _is_finite(state: State) -> bool:
 
 
 def _last_good(folder: Path) -> str:
-    """What a run that cannot go on leaves."""
+    """What a run leaves that cannot go on."""
     good = checkpoints.checkpoints(folder / "checkpoints")
     if not good:
         return "There is no checkpoint yet"
     return f"{good[-1]} is good"
 
 
-def _named(stop: Diverged, data: Data, recipe: Experiment) -> str:
+def _named(stop: Diverged, data: Data, recipe: Experiment, state: State) -> str:
     """Which sample of the data it was, and whether it is itself at fault."""
     if stop.sample is None:
         return ""
+    if not _is_finite(state):
+        return "; the weights were not all finite before it, so no sample is to blame"
     size, seed = recipe.training.batch_size, recipe.seed
     name = ""
     if isinstance(data, Sized):
@@ -849,14 +869,31 @@ def _named(stop: Diverged, data: Data, recipe: Experiment) -> str:
     return name if bool(x.isfinite().all()) else f"{name}, which is itself not finite"
 
 
-def _check_room(folder: Path, state: State) -> None:
-    """Refuse to begin what cannot be saved."""
+def _bytes(state: State) -> int:
+    """What a checkpoint takes, about: the optimizer may not have begun."""
     moments = 2 * sum(p.nbytes for p in state.student.parameters())
-    needed, free = sum(t.nbytes for t in state.tensors) + moments, shutil.disk_usage(folder).free
+    return sum(t.nbytes for t in state.tensors) + moments
+
+
+def _check_room(folder: Path, needed: int, replaced: Path | None) -> None:
+    """Refuse to begin what cannot be saved, before anything is deleted."""
+    free = shutil.disk_usage(folder).free
+    if replaced is not None:
+        free += sum(path.stat().st_size for path in replaced.rglob("*") if path.is_file())
     if free < needed:
         raise ValueError(
             f"a checkpoint of this run takes {needed / 1e9:.3g} GB, and the disk of {folder} has "
             f"{free / 1e9:.3g} GB left; make room, or choose another --out"
+        )
+
+
+def _check_ours(folder: Path, text: str) -> None:
+    """Refuse to write into a folder that was moved, deleted or begun anew meanwhile."""
+    there = folder / "experiment.toml"
+    if not there.is_file() or there.read_text(encoding="utf-8", errors="replace") != text:
+        raise ValueError(
+            f"{folder} was moved, deleted or begun anew while this run was at work; nothing more "
+            "is written there"
         )
 
 
@@ -915,13 +952,14 @@ def _bar(recipe: Experiment, folder: Path, done: int, progress: bool) -> Any:
 
 
 @contextmanager
-def _patience() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after this step; the second stops at once.
+def _patience(together: bool) -> Iterator[threading.Event]:
+    """Turn Ctrl-C into a request to stop after this step; again, a second later, it stops at once.
 
     So do SIGTERM, which schedulers send before they kill, and SIGHUP of a terminal that closes,
-    unless `nohup` has turned that off.
+    unless `nohup` has turned that off. They may come several times, as by torchrun and by who
+    stopped it; several processes never stop at once, for they save together.
     """
-    stopped = threading.Event()
+    stopped, asked = threading.Event(), [math.inf]
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
@@ -929,17 +967,17 @@ def _patience() -> Iterator[threading.Event]:
     before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def ask(number: int, frame: object) -> None:
         stopped.set()
-        restore()
+        if number == signal.SIGINT and not together:
+            if time.monotonic() - asked[0] > 1:
+                raise KeyboardInterrupt
+            asked[0] = min(asked[0], time.monotonic())
 
     for number in before:
         signal.signal(number, ask)
     try:
         yield stopped
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

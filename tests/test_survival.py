@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 import cmbook
-from cmbook import Toy, checkpoints, disk, load, run, runs
+from cmbook import ProgressiveDistillation, Toy, checkpoints, disk, load, run, runs
 from cmbook.__main__ import main
 from cmbook.data import TensorData
 from cmbook.protocols import Batch
@@ -135,6 +136,53 @@ def test_nohup_is_heard(tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_twice_is_one(tmp_path, monkeypatch, name):
+    save = checkpoints.save
+
+    def interrupted(*arguments, **knobs):
+        monkeypatch.setattr(checkpoints, "save", save)
+        for _ in range(3):
+            os.kill(os.getpid(), getattr(signal, name))
+        return save(*arguments, **knobs)
+
+    monkeypatch.setattr(checkpoints, "save", interrupted)
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+        make(CT_RUN, tmp_path)
+    assert load(tmp_path).step == 4
+
+
+def test_a_second_ctrl_c_that_comes_later_stops_at_once(monkeypatch):
+    now = iter([0.0, 0.0, 0.5, 0.5, 3.0, 3.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+
+    def three():
+        with runs._patience(False) as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopped.is_set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        three()
+
+
+def test_a_signal_in_the_last_step_of_a_round_stops_before_the_next(tmp_path, monkeypatch):
+    make(EDM_RUN, tmp_path / "teacher")
+    recipe = replace(
+        EDM_RUN, objective=ProgressiveDistillation(steps=4, last=2), network=None,
+        teacher=str(tmp_path / "teacher"), training=replace(TRAINING, save_every=6),
+    )  # fmt: skip
+    stop_at_first_save(monkeypatch, signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"stopped after step 6 of 6; the checkpoint is in .*p-4"):
+        make(recipe, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    slower = replace(recipe, training=replace(recipe.training, optimizer=Adam(lr=1e-4)))
+    made = make(slower, tmp_path / "p", resume=True, changed=True)  # the finished round stays
+    assert made.recipe.training == slower.training
+    assert load(tmp_path / "p-4").recipe.training == recipe.training
+
+
 # the disk
 
 
@@ -159,7 +207,8 @@ def test_a_full_disk_ends_in_a_sentence_and_takes_nothing(tmp_path, monkeypatch,
             return save(*arguments, **knobs)
 
     monkeypatch.setattr(checkpoints, "save", second)
-    with pytest.raises(OSError, match=r"step 6 of .* could not be saved: .*step-00000003 is good"):
+    told = r"step 6 of .* could not be saved: .*step-00000003 is good; mend .* with --resume"
+    with pytest.raises(OSError, match=told):
         make(CT_RUN, tmp_path)
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000003"]
@@ -242,6 +291,28 @@ def test_a_log_is_not_lost_when_a_resume_is_killed(copied, monkeypatch):
     assert (copied / "log.csv").read_bytes() == before
 
 
+def test_a_refused_replacement_leaves_the_old_run(copied, monkeypatch):
+    full = shutil.disk_usage(copied)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    before = files(copied)
+    wider = replace(CT_RUN, network=replace(CT_RUN.network, width=512))
+    with pytest.raises(ValueError, match="make room"):
+        make(wider, copied, overwrite=True)
+    assert {**files(copied), ".lock": b""} == {**before, ".lock": b""}
+
+
+def test_a_disk_that_is_full_is_called_full(tmp_path, monkeypatch):
+    def fail(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(runs, "_check_room", lambda *arguments: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(OSError, match="could not be saved: no space left on the disk"):
+        make(CT_RUN, tmp_path)
+
+
 # one writer
 
 
@@ -269,6 +340,26 @@ def test_a_run_that_ended_meanwhile_is_not_written_into(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="already holds a run"):
         make(CT_RUN, tmp_path)
     assert load(tmp_path).recipe == EDM_RUN
+
+
+@pytest.mark.parametrize("what", ["deleted", "begun anew"])
+def test_a_folder_that_was_taken_away_is_not_written_into(tmp_path, monkeypatch, what):
+    save, folder = checkpoints.save, tmp_path / "run"
+
+    def late(*arguments, **knobs):
+        monkeypatch.setattr(checkpoints, "save", save)
+        path = save(*arguments, **knobs)
+        shutil.rmtree(folder)
+        if what == "begun anew":
+            make(EDM_RUN, folder)
+        return path
+
+    monkeypatch.setattr(checkpoints, "save", late)
+    with pytest.raises(ValueError, match="was moved, deleted or begun anew while this run was at"):
+        make(CT_RUN, folder)
+    assert folder.exists() == (what == "begun anew")
+    if folder.exists():
+        assert load(folder).recipe == EDM_RUN
 
 
 def test_where_no_locks_are_known_a_run_goes_on(tmp_path, monkeypatch):
@@ -328,6 +419,22 @@ def test_steps_that_are_taken_are_not_taken_back(copied, steps):
     with pytest.raises(ValueError, match=f"has taken 6 steps, and this recipe wants {steps}"):
         make(shorter, copied, resume=True, changed=True)
     assert {**files(copied), ".lock": b""} == {**before, ".lock": b""}
+
+
+def test_changed_alone_is_refused(tmp_path):
+    for knobs in ({}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="--changed goes on with a run that is there"):
+            make(CT_RUN, tmp_path / "run", changed=True, **knobs)
+
+
+def test_the_record_tells_of_another_machine(copied, capsys):
+    shutil.rmtree(saved(copied)[-1])
+    path = copied / "experiment.toml"
+    path.write_text(re.sub(r'torch = ".*"', 'torch = "2.0.0"', path.read_text()))
+    make(CT_RUN, copied, resume=True)
+    told = f"from step 3 on: torch was 2.0.0, now {torch.__version__}"
+    assert load(copied).record["changes"] == [told]
+    assert told in capsys.readouterr().err
 
 
 def test_other_data_are_gone_on_with_if_told(copied, capsys):

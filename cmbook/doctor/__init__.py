@@ -35,8 +35,8 @@ __all__ = ["CHECKS", "NORMS", "Diagnosis", "Finding", "Watch", "examine", "warni
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_layout, upstream.data_labels),
     *(upstream.noise_range, upstream.finite, upstream.boundary),
-    *(upstream.teacher, answers.teacher_labels, upstream.walk),
-    *(history.progress, history.moved, history.curves, history.averages),
+    *(answers.teacher_labels, upstream.teacher, upstream.walk),
+    *(history.progress, history.moved, history.curves, history.repeats, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),
     *(answers.hears_sigma, answers.copies, answers.labels, answers.denoises, answers.walk),
     *(answers.variety, answers.inside, answers.modes, answers.follows, answers.tangents),
@@ -81,7 +81,7 @@ def examine(
             findings += check(patient)
         except Undone as why:
             skipped[check.__name__.replace("_", " ")] = str(why)
-        except (RuntimeError, ValueError, ArithmeticError) as error:
+        except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
             # What breaks one check, such as a decomposition of NaN, is what the others tell of.
             skipped[check.__name__.replace("_", " ")] = f"it failed: {error}".splitlines()[0]
     notes = tuple(_notes(patient.recipe))

@@ -25,6 +25,8 @@ from cmbook.protocols import Batch, Denoiser
 if TYPE_CHECKING:
     from cmbook.runs import Run
 
+MOST = 20  # classes whose labels are all tried
+
 # ── at single levels ──
 
 
@@ -51,13 +53,15 @@ def denoises(p: Patient) -> Iterator[Finding]:
     )
     cause = f"the model is {dress}" if dress else poor
     limit = 2 * POOR if p.early and not dress else POOR
+    by_intent = p.recipe.guidance > 1  # guided answers are no means of the data
+    limit = math.inf if by_intent and not dress else limit
     yield found("denoises", worst, over(worst, POOR, limit), cause, "" if dress else LONGER)
     if not dress:
         much = "little" if slope > 1 else "much"
         cause = f"the model takes away too {much} noise: it was trained with other noise"
         yield found("answers", slope, "well" if 0.5 < slope < 2 else "ill", cause)
     if learned is not None:
-        yield found("learned", learned, under(learned, 0.3, 0.1), poor)
+        yield found("learned", learned, under(learned, 0.3, -math.inf if by_intent else 0.1), poor)
 
 
 def labels(p: Patient) -> Iterator[Finding]:
@@ -88,9 +92,32 @@ def _heard(p: Patient, run: "Run", name: str, whose: str) -> Iterator[Finding]:
     cause = f"{whose} ignores the label, or learned it from shuffled ones: wrong ones cost nothing"
     if heard < -0.05:
         cause = f"{whose} has learned other labels than the data's: wrong ones do better"
+    numbers = _numbers(run.model, batch, levels[could.index(max(could))], p.classes)
+    if heard < 0.15 and numbers:
+        some = ", ".join(f"their {i} is its {n}" for i, n in enumerate(numbers) if i != n)
+        cause = f"{whose} numbers the classes otherwise than the data: {some}"
+        yield found(name, heard, "ill", cause, "Number them alike, as by the names of folders")
+        return
     # Who has learned nothing yet has not learned what labels mean, either.
     knows = (p.skill(run.model, run.recipe).learned or 0.0) > 0.3
     yield found(name, heard, under(heard, 0.15, 0.04 if knows else -math.inf), cause)
+
+
+def _numbers(model: Denoiser, batch: Batch, sigma: float, classes: int) -> list[int]:
+    """The label that serves each class of the data best, if these are the same in another order."""
+    if classes > MOST:
+        return []
+    assert batch.label is not None
+    x, errors = noisy(batch.x, sigma), []
+    for told in range(classes):
+        answer = ask(model, x, sigma, torch.full_like(batch.label, told))
+        errors.append((answer - batch.x).flatten(1).square().sum(1))
+    table = torch.stack(errors)  # of every label, for every sample
+    means = torch.stack([table[:, batch.label == c].mean(1) for c in range(classes)])
+    best = means.argmin(1).tolist()
+    saved = 1 - means.amin(1).sum() / means.diag().sum().clamp(min=1e-300)
+    another = sorted(best) == list(range(classes)) != best
+    return best if another and float(saved) > 0.1 else []
 
 
 def _gain(model: Denoiser, batch: Batch, levels: list[float], classes: int) -> list[float]:
@@ -162,15 +189,20 @@ def variety(p: Patient) -> Iterator[Finding]:
     one, two = (each.double() for each in p.drawn)
     made = float((one - two).flatten(1).square().sum(1).mean()) / 2
     ratio = made / max(p.within, 1e-300)
-    # Guidance takes some of it by intent. Without data, sigma_data knows no classes.
-    least = 0.2 / max(1.0, p.recipe.guidance) if p.data is not None else 0.05
+    least = 0.2 if p.data is not None else 0.05  # without data, sigma_data knows no classes
     bad = under(ratio, 2 * least, least)
     cause = "the samples are blurred: means in place of samples, too alike"
     if ratio < 0.02:
         cause = "the model has collapsed: it answers the same whatever the noise"
+    remedy = ""
+    if p.recipe.guidance > 1 and ratio < 0.3:
+        bad, remedy = under(ratio, 0.3, 0.1), "Lower guidance"
+        cause = (
+            f"guidance {p.recipe.guidance:g} is too strong: it leaves {ratio:.0%} of the variety"
+        )
     if not ratio < 2:
         bad, cause = over(ratio, 2, 4), "the samples are scattered far beyond the data"
-    yield found("variety", ratio, bad, cause)
+    yield found("variety", ratio, bad, cause, remedy)
 
 
 def inside(p: Patient) -> Iterator[Finding]:

@@ -61,6 +61,9 @@ NORMS = {
     "walk": Norm(
         "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
     ),
+    "walk variety": Norm(
+        "variance in a class that guidance leaves, over the data's: above 0.3", "Lower guidance"
+    ),
     "grid": Norm("what the walk loses on its grid, over chance: below 0.3", "", "suspicion"),
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
@@ -75,6 +78,10 @@ NORMS = {
     ),
     "loss": Norm("at the end over the start: below 1", _LOWER, "suspicion"),
     "loss at the end": Norm("last quarter over before: below 1.5", _LOWER, "suspicion"),
+    "loss again": Norm(
+        "on fresh noise and samples, over that in the log: below 1.3",
+        "Draw both anew in every step: look at the loader and at the generator's seed",
+    ),
     "gradient": Norm("largest over typical norm: below 10", _LOWER, "suspicion"),
     "average memory": Norm("share of the first weights in it: below 0.01", "", "suspicion"),
     "average moves": Norm("its way over the student's: 1", "Call blend after every step"),
@@ -102,7 +109,7 @@ NORMS = {
         "symptom",
     ),
     "denoises": Norm(
-        "error over that of means and variances alone: below 1",
+        "error over that of means and variances alone: below 1; bad from 1.5",
         "Set the scalings, sigma_data or range that it was trained with",
         "symptom",
     ),
@@ -112,9 +119,11 @@ NORMS = {
         "symptom",
     ),
     "learned": Norm("of what the data teach beyond that: 0.5 or more", LONGER, "late"),
-    "variety": Norm("variance that noise makes, over the data's: 0.7 to 1.2", LONGER, "late"),
+    "variety": Norm(
+        "variance that noise makes, over the data's: 0.7 to 1.2, bad at 0.2", LONGER, "late"
+    ),
     "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
-    "modes": Norm("mass of the data that is missed: below 0.25", LONGER, "late"),
+    "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
     "tangent": Norm("answer's change as sigma doubles, over the data: below 2", _LOWER, "symptom"),
     "loss by sigma": Norm(

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from statistics import median
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from cmbook.doctor.findings import Finding, found, over, under
 from cmbook.doctor.patient import Patient, Undone
 from cmbook.experiment import Experiment
-from cmbook.losses import EDM, ConsistencyTraining
+from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
+from cmbook.noise import seeded
 from cmbook.parameterization import Preconditioned
-from cmbook.protocols import Clock, Denoiser, Labels, PerSample, Samples
+from cmbook.protocols import Batch, Clock, Denoiser, Labels, Models, PerSample, Samples
 
 Weights = dict[str, Tensor]
 
@@ -111,6 +114,48 @@ def memory_finding(decay: float, steps: int) -> Finding:
     )
     better = f"Set training.average_decay={max(0.0, 1 - 10 / max(steps, 11)):.3g}, or train longer"
     return found("average memory", left, over(left, 0.1, 0.5), cause, better)
+
+
+def repeats(p: Patient) -> Iterator[Finding]:
+    """Whether noise and samples were new in every step: then fresh ones cost what the log says."""
+    objective, step, steps = p.recipe.objective, p.run.step, p.recipe.training.steps
+    if not isinstance(objective, EDM | ConsistencyDistillation | ConsistencyTraining):
+        return  # of the others, the loss may be no distance, or depends on the round
+    if not p.rows or p.rows[-1].get("step") != step or "student" not in p.weights:
+        raise Undone("the log does not reach the checkpoint")
+    logged = p.rows[-1].get("loss", math.nan)
+    if not (math.isfinite(logged) and logged > 0):
+        return
+    student = _filled(p.run.model, p.weights["student"])
+    target = _filled(p.run.model, p.weights["target"]) if "target" in p.weights else student
+    models = Models(student, target, p.walker if objective.needs_teacher else None)
+    n, size = min(4 * p.count, len(p.seen.x)), p.recipe.training.batch_size
+
+    def loss(part: slice) -> Tensor:
+        x, label = p.seen.x[part], None if p.seen.label is None else p.seen.label[part]
+        batch = Batch(x.to(p.device), None if label is None else label.to(p.device))
+        clock, generator = Clock(max(0, step - 1), steps), seeded("doctor", "again")
+        with torch.no_grad():
+            return objective(models, batch, clock=clock, generator=generator).per_sample.double()
+
+    fresh = loss(slice(-n, None))
+    ratio, doubt = float(fresh.mean()) / logged, float(fresh.std()) / math.sqrt(n) / logged
+    what = "noise"
+    if p.length is not None and p.length > 2 * size:
+        first = float(loss(slice(0, min(size, n))).mean()) / logged
+        what = "samples" if first < (1 + ratio) / 2 else what
+    cause = (
+        f"training has seen the same {what} again and again: on fresh ones the loss is "
+        f"{ratio:.2g} times that in the log"
+    )
+    yield found("loss again", ratio, "ill" if ratio - 3 * doubt > 1.3 else "well", cause)
+
+
+def _filled(model: Preconditioned, weights: Weights) -> Preconditioned:
+    """A copy of the model with other weights."""
+    other = deepcopy(model)
+    other.load_state_dict(weights)
+    return other
 
 
 def averages(p: Patient) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
-from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask
+from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask, scatter
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmbook.noise import NoiseRange
 from cmbook.protocols import Clock, Samples
@@ -221,6 +221,10 @@ def walk(p: Patient) -> Iterator[Finding]:
     out = outside(p, fine)
     why = f": guidance {p.recipe.guidance:g} is too strong" if p.recipe.guidance > 1 else ""
     yield found("walk", out, over(out, 0.1, 0.3), f"the teacher's walk leaves the data{why}")
+    if p.recipe.guidance > 1 and p.data is not None:
+        kept = scatter(fine, p.told) / max(p.within, 1e-300)
+        cause = f"guidance {p.recipe.guidance:g} is too strong: it leaves {kept:.0%} of the variety"
+        yield found("walk variety", kept, under(kept, 0.3, 0.15), cause)
     if isinstance(objective, ConsistencyDistillation):
         # The walk's last level is 0, where the grid ends on sigma_min.
         lost = p.off(p.walked(p.walker, max(2, objective.levels - 1), objective.solver), fine)
