@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from unittest import mock
 
@@ -34,13 +35,14 @@ from cmbook import (
     doctor,
     load,
     run,
+    runs,
     training,
 )
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
 from cmbook.experiment import Sampling, Training
 from cmbook.losses import edm, regression
-from cmbook.noise import LogNormal, add_noise
+from cmbook.noise import LogNormal, add_noise, seeded
 from cmbook.parameterization import VEScalings
 from cmbook.runs import students
 from cmbook.training import Adam, RAdam
@@ -159,6 +161,25 @@ def half_the_noise():
     return mock.patch.object(edm, "add_noise", lambda x, noise, s: add_noise(x, noise, s / 2))
 
 
+def one_batch():
+    """A loader that begins anew in every step."""
+    real = training.train
+
+    def train(student, batches, *given, **knobs):
+        return real(student, repeat(next(batches)), *given, **knobs)
+
+    return mock.patch.object(runs, "train", train)
+
+
+def one_noise():
+    """A generator that is seeded alike in every step."""
+    return mock.patch.object(training, "seeded", lambda *given, **knobs: seeded(0, **knobs))
+
+
+def renumbered(x, label):
+    return TensorData(x, 9 - label)
+
+
 def target_left_behind():
     """Only averages for sampling are blended, never the target."""
     real = training.blend
@@ -240,6 +261,9 @@ BROKEN = {
     # the teacher
     "teacher in another dress": Case(taught(QUICK, teacher="ve"), "well in VEScalings"),
     "teacher of other data": Case(taught(BRIEF, teacher="moons"), "teacher is made for other data"),
+    "teacher numbers otherwise": Case(
+        taught(QUICK, teacher="renumbered"), "teacher numbers the classes otherwise.* 0 is its 9"
+    ),
     "teacher untrained": Case(taught(BRIEF, teacher="untrained"), "teacher is untrained"),
     # training
     "rate too high": Case(trains(BRIEF, optimizer=Adam(0.5)), "learning rate.* too high"),
@@ -247,6 +271,8 @@ BROKEN = {
     "frozen": Case(BRIEF, "student is frozen", frozen),
     "sign": Case(BRIEF, "loss is negative", uphill),
     "average": Case(trains(BRIEF, average_decay=0.9999), "average still remembers"),
+    "one batch": Case(trains(DIGITS, batch_size=32), "same samples again", one_batch),
+    "one noise": Case(DIGITS, "same noise again and again", one_noise),
     "target": Case(
         taught(trains(RING, steps=300), replace(CD, decay=0.95)),
         "target does not move",
@@ -264,6 +290,7 @@ TEACHERS = {
     ),
     "moons": Case(replace(RING, data=Toy("moons"))),
     "untrained": Case(trains(RING, steps=1)),
+    "renumbered": Case(DIGITS, fault=digits_as(renumbered)),
 }
 CASES = GOOD | BROKEN | TEACHERS
 
