@@ -699,7 +699,9 @@ def _check_same(
             "raise training.steps, or choose another --out"
         )
     line = f"from step {step} on: {', '.join(changes)}"
-    return [*told, line], [line, *_rescaled(before, recipe, step)]
+    alone = changes[0].startswith("processes ") and len(changes) == 1
+    said = [] if alone else [line, *_rescaled(before, recipe, step)]
+    return [*told, line], said  # of processes alone, `_shared_anew` has said what matters
 
 
 def _rescaled(before: Experiment, after: Experiment, step: int) -> list[str]:
