@@ -326,10 +326,10 @@ def _follow(
 ) -> None:
     """Take the steps; log, save, show a bar, and stop after a step if the user asks."""
     knobs = recipe.training
-    log = _Log(folder / "log.csv", state.step) if processes.is_main else None
     bar, patience = _bar(recipe, folder, state.step, progress), _patience(processes.count > 1)
     watch = doctor.Watch()
     with bar, patience as stopped:
+        log = _Log(folder / "log.csv", state.step) if processes.is_main else None
         for step in steps:
             last, stop = state.step == knobs.steps, processes.any(stopped.is_set())
             save = state.step % knobs.save_every == 0 or last or stop

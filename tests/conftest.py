@@ -5,6 +5,7 @@ import os
 # Before torch is imported: waiting threads sleep, so that parallel tests do not starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 
 from cmbook.noise import seeded
 from cmbook.oracle import Gaussian, GaussianMixture
+
+# A shell that puts the suite into the background has Ctrl-C ignored, which runs respect.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 
