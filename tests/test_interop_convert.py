@@ -330,7 +330,7 @@ def test_an_interrupted_conversion_leaves_nothing(weights, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cmbook.checkpoints._seal", interrupt)
+    monkeypatch.setattr("cmbook.checkpoints._sealed", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert.convert("cd_imagenet64_l2.pt", Path("out"), head_channels=16)
     assert sorted(p.name for p in Path().iterdir()) == ["cd_imagenet64_l2.pt"]

@@ -183,7 +183,7 @@ def test_a_failed_save_leaves_the_older_picture(tmp_path, monkeypatch):
     path.write_bytes(b"older")
 
     def full(figure, file, **keywords):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
