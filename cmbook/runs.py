@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -32,7 +32,7 @@ from torch import nn
 import cmbook
 from cmbook import checkpoints, disk, doctor, experiment
 from cmbook.board import Board, summary_writer
-from cmbook.data import Data, endless, fingerprint
+from cmbook.data import Data, ImageData, TensorData, endless, fingerprint
 from cmbook.data.readers import MOST_CLASSES
 from cmbook.experiment import Experiment
 from cmbook.guidance import guided
@@ -184,9 +184,19 @@ def run(
     teacher, device = recipe.teacher, processes.device or device
     again = processes.on_main(lambda: _look(parts, teacher, resume, overwrite, tensorboard))
     for i, ((part, where), goes_on) in enumerate(zip(parts, again, strict=True), 1):
-        how = (goes_on, changed, overwrite, i < len(parts))
-        done = _carry_out(part, where, *how, device, progress, tensorboard, processes)
+        wish = _Wish(goes_on, changed, overwrite, i < len(parts))
+        done = _carry_out(part, where, wish, device, progress, tensorboard, processes)
     return done
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What the user allows with a folder, as in `run`, and whether more rounds follow this one."""
+
+    resume: bool
+    changed: bool
+    overwrite: bool
+    more: bool
 
 
 def _look(
@@ -228,16 +238,13 @@ def rounds(recipe: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
 def _carry_out(
     recipe: Experiment,
     folder: Path,
-    resume: bool,
-    changed: bool,
-    overwrite: bool,
-    more: bool,
+    wish: _Wish,
     device: str,
     progress: bool,
     tensorboard: bool,
     processes: Processes,
 ) -> Run:
-    """One run; whether more rounds follow."""
+    """One run."""
     recipe = complete(recipe)
     data = recipe.data.build()
     teacher = _teacher(recipe, data)
@@ -249,15 +256,11 @@ def _carry_out(
     inputs = processes.on_main(lambda: _inputs(data, teacher))
     if not recipe.objective.needs_teacher:
         teacher = None  # the student has begun as its copy, and no step asks it
-    if not resume:  # what is refused now leaves no folder
+    if not wish.resume:  # what is refused now leaves no folder
         _prepare(recipe, student, processes)
     with ExitStack() as owned:
-        needed = _bytes(state)
         last, changes, notes = processes.on_main(
-            lambda: _claim(
-                *(folder, recipe, inputs, resume, changed, overwrite, more),
-                *(processes.count, needed, owned),
-            )
+            lambda: _claim(folder, recipe, inputs, wish, processes.count, _bytes(state), owned)
         )
         if last is not None:
             checkpoints.restore(last, state)
@@ -267,7 +270,8 @@ def _carry_out(
                 group.update({name: knob for name, knob in ours.items() if name != "params"})
         if state.step >= knobs.steps:  # nothing is left to do, nor to record
             return load(folder, device)
-        _prepare(recipe, student, processes)
+        if wish.resume:  # a run that has ended needs nothing more
+            _prepare(recipe, student, processes)
         text = processes.on_main(
             lambda: _record(folder, recipe, data, inputs, changes, device, processes.count)
         )
@@ -304,7 +308,7 @@ def _carry_out(
         shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
         with shown as board:
             try:
-                _follow(steps, state, recipe, folder, text, more, progress, board, processes)
+                _follow(steps, state, recipe, folder, text, wish.more, progress, board, processes)
             except Diverged as stop:  # on every process: all see the same numbers
                 kept = processes.on_main(lambda: _keep(state, folder, text))
                 raise Diverged(
@@ -589,10 +593,7 @@ def _claim(
     folder: Path,
     recipe: Experiment,
     inputs: dict[str, str],
-    resume: bool,
-    changed: bool,
-    overwrite: bool,
-    more: bool,
+    wish: _Wish,
     processes: int,
     needed: int,
     owned: ExitStack,
@@ -603,18 +604,19 @@ def _claim(
         The last checkpoint, what is another than in the run so far, and what to say of that.
     """
     there, saved = folder / "experiment.toml", folder / "checkpoints"
-    _check_folder(folder, recipe.teacher, resume, overwrite)
+    _check_folder(folder, recipe.teacher, wish.resume, wish.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     owned.enter_context(disk.owned(folder))
-    _check_folder(folder, recipe.teacher, resume, overwrite)  # nothing was begun meanwhile
-    found, step = checkpoints.checkpoints(saved) if resume else [], 0
+    # Nothing was begun meanwhile:
+    _check_folder(folder, recipe.teacher, wish.resume, wish.overwrite)
+    found = checkpoints.checkpoints(saved) if wish.resume else []
+    step = int(found[-1].name.removeprefix("step-")) if found else 0
     changes, notes = list[str](), list[str]()
-    if resume:
-        step = int(found[-1].name.removeprefix("step-")) if found else 0
-        changes, notes = _check_same(folder, there, recipe, inputs, processes, step, changed, more)
+    if wish.resume:
+        changes, notes = _check_same(folder, there, recipe, inputs, processes, step, wish)
     if step < recipe.training.steps:
-        _check_room(folder, needed, saved if overwrite else None)
-    if overwrite:
+        _check_room(folder, needed, saved if wish.overwrite else None)
+    if wish.overwrite:
         for path in (saved, folder / "tensorboard", folder / "log.csv", there):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return (found[-1] if found else None), changes, notes
@@ -651,8 +653,7 @@ def _check_same(
     inputs: dict[str, str],
     processes: int,
     step: int,
-    changed: bool,
-    more: bool,
+    wish: _Wish,
 ) -> tuple[list[str], list[str]]:
     """What is another than in the run so far: all that ever was, for the record; and to be said.
 
@@ -668,7 +669,7 @@ def _check_same(
     before = _shared_anew(folder, before, recipe, record.get("processes", 1), processes)
     told = [str(line) for line in record.get("changes", [])]
     changes = _differences(before, recipe)
-    if changes and not changed:
+    if changes and not wish.changed:
         raise ValueError(
             f"the recipe of {folder} is another one than this: {', '.join(changes)}. "
             "Resume with the settings it was started with, go on with these by --changed, or "
@@ -676,32 +677,33 @@ def _check_same(
         )
     what = {"data_sha256": "other data", "teacher_sha256": "another teacher"}
     for name in [name for name, found in inputs.items() if record.get(name) != found]:
-        if not changed:
+        if not wish.changed:
             raise ValueError(
                 f"{folder} was made from {what[name]} than this; --changed goes on with this, "
                 "--overwrite makes it anew, --out names another folder"
             )
         changes.append(what[name])
     done = step >= recipe.training.steps
-    if done and (more or not changes):  # a round that has ended stays as it was
+    if done and (wish.more or not changes):  # a round that has ended stays as it was
         return told, []
-    now = {"processes": processes, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    changes += [
-        f"{name} was {record[name]}, now {found}"
-        for name, found in now.items()
-        if record.get(name, found) != found
-    ]
-    if not changes:
-        return told, []
+    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    changes += _moved(record, now)
+    many = _moved(record, {"processes": processes})  # `_shared_anew` says what that changes
     if done:
         raise ValueError(
             f"{folder} has taken {step} steps, and this recipe wants {recipe.training.steps}; "
             "raise training.steps, or choose another --out"
         )
-    line = f"from step {step} on: {', '.join(changes)}"
-    alone = changes[0].startswith("processes ") and len(changes) == 1
-    said = [] if alone else [line, *_rescaled(before, recipe, step)]
-    return [*told, line], said  # of processes alone, `_shared_anew` has said what matters
+    if not changes + many:
+        return told, []
+    since = f"from step {step} on: "
+    said = [since + ", ".join(changes), *_rescaled(before, recipe, step)] if changes else []
+    return [*told, since + ", ".join(changes + many)], said
+
+
+def _moved(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What the record says otherwise."""
+    return [f"{k} was {record[k]}, now {v}" for k, v in now.items() if record.get(k, v) != v]
 
 
 def _rescaled(before: Experiment, after: Experiment, step: int) -> list[str]:
@@ -864,7 +866,7 @@ def _named(stop: Diverged, data: Data, recipe: Experiment, state: State) -> str:
         return "; the weights were not all finite before it, so no sample is to blame"
     size, seed = recipe.training.batch_size, recipe.seed
     name = ""
-    if isinstance(data, Sized):
+    if isinstance(data, TensorData | ImageData):  # whose order is that of `endless`
         number = int(next(endless(len(data), size, seed, stop.step))[stop.sample])
         name = f", number {number} of the data"
     x = next(data.batches(size, seed, stop.step)).x[stop.sample]

@@ -16,29 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cmbook import experiment, run
+from pair import recipe
+
+from cmbook import run
 from cmbook.checkpoints import checkpoints
 from cmbook.processes import together
+from cmbook.training import RAdam
 
-RECIPE = """# A small ring.
-data = { kind = "Toy" }
-network = { kind = "ResidualMLP", width = 16, depth = 1, told = 8, dropout = 0.5 }
-scalings = { kind = "ConsistencyScalings" }
-[noise_range]
-sigma_max = 10.0
-[objective]
-kind = "ConsistencyTraining"
-curriculum = { kind = "AdaptiveLevels", start = 2, end = 8 }
-[training]
-steps = 1000000
-batch_size = 8
-optimizer = { kind = "RAdam" }
-average_decay = 0.5
-also_average = [0.9]
-save_every = 2
-[sampling]
-sigmas = [10.0, 1.0]
-"""
 SAVES = 3  # that a life may see
 
 
@@ -52,10 +36,10 @@ def begin(folder: Path, steps: int, rank: int, count: int, port: int) -> int:
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in told.items()}
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-        recipe = experiment.loads(RECIPE, (f"training.steps={steps}",))
+        ring = recipe(steps=steps, save_every=2, optimizer=RAdam())
         resume = (folder / "experiment.toml").is_file()
         with together("cpu") as processes:
-            run(recipe, folder, resume=resume, progress=False, processes=processes)
+            run(ring, folder, resume=resume, progress=False, processes=processes)
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

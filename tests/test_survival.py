@@ -24,13 +24,18 @@ from cmbook.data import TensorData
 from cmbook.protocols import Batch
 from cmbook.runs import Interrupted
 from cmbook.training import Adam, Diverged, RAdam
-from tests.test_runs import CT_RUN, EDM_RUN, SHARDED_RUN, TARGETED_RUN, TRAINING, files, numbers
+from tests.test_runs import (
+    CT_RUN,
+    EDM_RUN,
+    SHARDED_RUN,
+    TARGETED_RUN,
+    TRAINING,
+    files,
+    make,
+    numbers,
+)
 
 HERE = Path(__file__).parent
-
-
-def make(recipe, folder, **knobs):
-    return run(recipe, folder, progress=False, **knobs)
 
 
 def saved(folder):

@@ -7,7 +7,6 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from cmbook.doctor.findings import Finding, found, over, under
 from cmbook.doctor.patient import Patient, Undone
@@ -15,7 +14,7 @@ from cmbook.experiment import Experiment
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
 from cmbook.noise import seeded
 from cmbook.parameterization import Preconditioned
-from cmbook.protocols import Batch, Clock, Denoiser, Labels, Models, PerSample, Samples
+from cmbook.protocols import Batch, Clock, Models
 
 Weights = dict[str, Tensor]
 
@@ -151,13 +150,6 @@ def repeats(p: Patient) -> Iterator[Finding]:
     yield found("loss again", ratio, "ill" if ratio - 3 * doubt > 1.3 else "well", cause)
 
 
-def _filled(model: Preconditioned, weights: Weights) -> Preconditioned:
-    """A copy of the model with other weights."""
-    other = deepcopy(model)
-    other.load_state_dict(weights)
-    return other
-
-
 def averages(p: Patient) -> Iterator[Finding]:
     """Whether average and target follow the student."""
     yield memory_finding(p.run.average, p.recipe.training.steps)
@@ -180,7 +172,7 @@ def averages(p: Patient) -> Iterator[Finding]:
         levels = p.skill(p.run.model, p.recipe).levels
         theirs, ours = (
             p.errors(model, p.asked, levels)[0]
-            for model in (_with(p.run.model, student), p.run.model)
+            for model in (_filled(p.run.model, student), p.run.model)
         )
         cause = (
             f"the average is far worse than the student: its decay {p.run.average:g} is too near 1 "
@@ -208,13 +200,10 @@ def _remembered(p: Patient) -> float:
     return math.prod(p.recipe.objective.target_decay(clock) ** every for clock in clocks)
 
 
-def _with(model: Preconditioned, weights: Weights) -> Denoiser:
-    """The model with other weights."""
-
-    def other(x: Samples, sigma: PerSample, label: Labels | None = None) -> Samples:
-        answer: Samples = functional_call(model, weights, (x, sigma, label))
-        return answer
-
+def _filled(model: Preconditioned, weights: Weights) -> Preconditioned:
+    """A copy of the model with other weights."""
+    other = deepcopy(model)
+    other.load_state_dict(weights)
     return other
 
 
