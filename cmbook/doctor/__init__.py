@@ -33,10 +33,12 @@ if TYPE_CHECKING:  # runs warns by this package, so it is imported by `examine` 
 __all__ = ["CHECKS", "NORMS", "Diagnosis", "Finding", "Watch", "examine", "warnings"]
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
-    *(upstream.data_variety, upstream.data_range, upstream.data_layout, upstream.data_labels),
+    *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
+    upstream.data_labels,
     *(upstream.noise_range, upstream.finite, upstream.boundary),
     *(answers.teacher_labels, upstream.teacher, upstream.walk),
-    *(history.progress, history.moved, history.curves, history.repeats, history.averages),
+    *(history.progress, history.moved, history.curves, answers.told, history.repeats),
+    *(history.gradients, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),
     *(answers.hears_sigma, answers.copies, answers.labels, answers.denoises, answers.walk),
     *(answers.variety, answers.inside, answers.modes, answers.follows, answers.tangents),

@@ -12,6 +12,7 @@ from cmbook.doctor.patient import POOR, Patient, Undone, ask, noisy
 from cmbook.doctor.upstream import outside
 from cmbook.evaluation import nearest_training
 from cmbook.losses import (
+    EDM,
     ContinuousDistillation,
     ContinuousTraining,
     ProgressiveDistillation,
@@ -42,6 +43,27 @@ def hears_sigma(p: Patient) -> Iterator[Finding]:
     yield found("hears sigma", hears, "well" if hears > 0.005 else "ill", cause)
 
 
+def told(p: Patient) -> Iterator[Finding]:
+    """Whether a diffusion model is told the noise that it sees."""
+    if not isinstance(p.recipe.objective, EDM) or p.recipe.guidance > 1:
+        return
+    levels = p.skill(p.run.model, p.recipe).levels
+    scores = {
+        scale: sum(math.log(max(error, 1e-300)) for error in p.amiss(p.run.model, levels, scale))
+        / len(levels)
+        for scale in (0.25, 0.5, 1.0, 2.0, 4.0)
+    }
+    best = min(scores, key=scores.__getitem__)
+    if scores[best] > min(0.0, scores[1.0] - 0.1):
+        best = 1.0
+    much = "little" if best > 1 else "much"
+    cause = (
+        f"the model takes away too {much} noise: it was trained with {best:g} times what it was "
+        "told"
+    )
+    yield found("noise told", best, "well" if best == 1 else "ill", cause)
+
+
 def denoises(p: Patient) -> Iterator[Finding]:
     """What the answers are worth."""
     skill = p.skill(p.run.model, p.recipe)
@@ -57,8 +79,7 @@ def denoises(p: Patient) -> Iterator[Finding]:
     limit = math.inf if by_intent and not dress else limit
     yield found("denoises", worst, over(worst, POOR, limit), cause, "" if dress else LONGER)
     if not dress:
-        much = "little" if slope > 1 else "much"
-        cause = f"the model takes away too {much} noise: it was trained with other noise"
+        cause = "the model's answers are no means: it learned by heart, or with other noise"
         yield found("answers", slope, "well" if 0.5 < slope < 2 else "ill", cause)
     if learned is not None:
         yield found("learned", learned, under(learned, 0.3, -math.inf if by_intent else 0.1), poor)
@@ -255,7 +276,7 @@ def copies(p: Patient) -> Iterator[Finding]:
     usual = float(apart[apart > 0].median()) if bool((apart > 0).any()) else math.inf
     copied = float((nearest_training(made, x).distance < 0.25 * usual).double().mean())
     cause = f"the model repeats its training samples: it knows {p.length} of them by heart"
-    yield found("copies", copied, over(copied, 0.1, 0.5), cause)
+    yield found("by heart", copied, over(copied, 0.1, 0.5), cause)
 
 
 def follows(p: Patient) -> Iterator[Finding]:

@@ -34,6 +34,12 @@ NORMS = {
     "data range": Norm("largest number: 1, as noise levels expect", "For bytes use x / 127.5 - 1"),
     "data layout": Norm("correlation of neighboring pixels: above 0.2", _PICTURES),
     "data channels": Norm("largest over smallest std of a channel: 1 to 2", "Scale them alike"),
+    "data scales": Norm(
+        "largest over smallest std of a coordinate: 1 to 4", "Scale them alike", "suspicion"
+    ),
+    "data center": Norm(
+        "distance of their mean from 0, over their std: below 1", "Subtract it", "suspicion"
+    ),
     "class balance": Norm("effective share of the classes: 1", "Balance them, or leave them out"),
     "label meaning": Norm(
         "neighbors of one class, over chance: well above 1",
@@ -44,8 +50,8 @@ NORMS = {
     ),
     "data size": Norm("samples: hundreds at least", "Get more data", "suspicion"),
     "sigma_data": Norm("over the data's std: 1"),
-    "sigma_max": Norm("over the data's std: 20 to 160, where they drown"),
-    "sigma_min": Norm("over the data's std: 0.004, invisible", "Set noise_range.sigma_min=0.002"),
+    "sigma_max": Norm("over the data's std: 10 or more, where they drown"),
+    "sigma_min": Norm("over the data's std: below 0.03", "Set noise_range.sigma_min=0.002"),
     "finite": Norm("numbers that are NaN or infinite: 0", _LOWER),
     "dress": Norm("0: the scalings suit the objective", 'Set scalings = { kind = "EDMScalings" }'),
     "boundary": Norm(
@@ -58,6 +64,10 @@ NORMS = {
         "suspicion",
     ),
     "levels": Norm("N at the end: 8 to 1281", "Raise the levels of the objective", "suspicion"),
+    "first levels": Norm(
+        "N at the start: 2 to 160", "Begin with 10, as objective.curriculum can", "suspicion"
+    ),
+    "top": Norm("error at sigma_max over that of the mean: 1; bad from 2"),
     "walk": Norm(
         "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
     ),
@@ -78,12 +88,16 @@ NORMS = {
     ),
     "loss": Norm("at the end over the start: below 1", _LOWER, "suspicion"),
     "loss at the end": Norm("last quarter over before: below 1.5", _LOWER, "suspicion"),
-    "loss again": Norm(
-        "on fresh noise and samples, over that in the log: below 1.3",
-        "Draw both anew in every step: look at the loader and at the generator's seed",
+    "noise told": Norm(
+        "noise that its answers suit, over what it is told: 1", "Look at add_noise and the loss"
     ),
+    "loss again": Norm(
+        "on fresh noise and samples, over that in the log: 0.75 to 1.3",
+        "Draw both anew in every step: look at loader, seed of the generator, and loss",
+    ),
+    "gradient again": Norm("the recipe's, computed anew, over that in the log: 0.4 to 2.5"),
     "gradient": Norm("largest over typical norm: below 10", _LOWER, "suspicion"),
-    "average memory": Norm("share of the first weights in it: below 0.01", "", "suspicion"),
+    "average memory": Norm("share of the first weights in it: below 0.1", "", "suspicion"),
     "average moves": Norm("its way over the student's: 1", "Call blend after every step"),
     "target moves": Norm(
         "its way over the student's: 1",
@@ -94,11 +108,15 @@ NORMS = {
         "denoising error over the student's: 1", "Lower training.average_decay", "suspicion"
     ),
     "batch": Norm("samples in a step: 32 or more", "Raise training.batch_size", "suspicion"),
+    "betas": Norm(
+        "of Adam, the first: 0 to 0.95", "Set training.optimizer.betas=[0.9,0.999]", "suspicion"
+    ),
+    "dropout": Norm("share that is dropped: 0 to 0.5", "Lower it", "suspicion"),
     "hears sigma": Norm(
         "change of the network's answer with sigma: 0.1 to 1",
         "Check the time embedding, and that c_noise reaches the network",
     ),
-    "copies": Norm(
+    "by heart": Norm(
         "share of samples that nearly are training samples: 0",
         "Use more data, fewer steps or a smaller network",
         "symptom",

@@ -1,22 +1,33 @@
 """How training went: steps, weights, losses, gradients, averages."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from statistics import median
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from cmbook.doctor.findings import Finding, found, over, under
+from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.patient import Patient, Undone
 from cmbook.experiment import Experiment
-from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
+from cmbook.losses import (
+    EDM,
+    AnyObjective,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ProgressiveDistillation,
+)
 from cmbook.noise import seeded
 from cmbook.parameterization import Preconditioned
-from cmbook.protocols import Batch, Clock, Models
+from cmbook.protocols import Clock, Denoiser, Models
+from cmbook.training import frozen_view
 
 Weights = dict[str, Tensor]
+_OTHER = (
+    "Look at your loss, whether its target is detached, at the loop, and at what the loader does"
+)
 
 
 def progress(p: Patient) -> Iterator[Finding]:
@@ -28,6 +39,17 @@ def progress(p: Patient) -> Iterator[Finding]:
     yield found("finished", done, under(done, 1), cause, remedy)
     cause = f"the batch of {size} is too small: its gradient is mostly noise"
     yield found("batch", size, under(size, 8), cause)
+    first, second = p.recipe.training.optimizer.betas
+    cause = (
+        f"Adam remembers gradients longer than their squares, betas = ({first:g}, {second:g}): its "
+        "steps go on where they no longer should"
+    )
+    yield found("betas", first, "look" if first > max(second, 0.95) else "well", cause)
+    dropped = max(
+        (getattr(p.recipe.network, name, 0.0) for name in ("dropout", "label_dropout")), default=0.0
+    )
+    cause = f"dropout {dropped:g} leaves little to learn from"
+    yield found("dropout", dropped, over(dropped, 0.5), cause)
 
 
 def moved(p: Patient) -> Iterator[Finding]:
@@ -116,14 +138,12 @@ def memory_finding(decay: float, steps: int) -> Finding:
 
 
 def repeats(p: Patient) -> Iterator[Finding]:
-    """Whether noise and samples were new in every step: then fresh ones cost what the log says."""
+    """Whether fresh noise and samples cost what the log says."""
     objective, step, steps = p.recipe.objective, p.run.step, p.recipe.training.steps
     if not isinstance(objective, EDM | ConsistencyDistillation | ConsistencyTraining):
         return  # of the others, the loss may be no distance, or depends on the round
-    if not p.rows or p.rows[-1].get("step") != step or "student" not in p.weights:
-        raise Undone("the log does not reach the checkpoint")
-    logged = p.rows[-1].get("loss", math.nan)
-    if not (math.isfinite(logged) and logged > 0):
+    logged = _last(p, "loss")
+    if logged < 0:
         return
     student = _filled(p.run.model, p.weights["student"])
     target = _filled(p.run.model, p.weights["target"]) if "target" in p.weights else student
@@ -131,11 +151,13 @@ def repeats(p: Patient) -> Iterator[Finding]:
     n, size = min(4 * p.count, len(p.seen.x)), p.recipe.training.batch_size
 
     def loss(part: slice) -> Tensor:
-        x, label = p.seen.x[part], None if p.seen.label is None else p.seen.label[part]
-        batch = Batch(x.to(p.device), None if label is None else label.to(p.device))
-        clock, generator = Clock(max(0, step - 1), steps), seeded("doctor", "again")
+        clock, generator = (
+            Clock(max(0, step - 1), steps),
+            seeded("doctor", "again", device=p.device),
+        )
         with torch.no_grad():
-            return objective(models, batch, clock=clock, generator=generator).per_sample.double()
+            loss = objective(models, p.part(part), clock=clock, generator=generator)
+            return loss.per_sample.double()
 
     fresh = loss(slice(-n, None))
     ratio, doubt = float(fresh.mean()) / logged, float(fresh.std()) / math.sqrt(n) / logged
@@ -144,10 +166,60 @@ def repeats(p: Patient) -> Iterator[Finding]:
         first = float(loss(slice(0, min(size, n))).mean()) / logged
         what = "samples" if first < (1 + ratio) / 2 else what
     cause = (
-        f"training has seen the same {what} again and again: on fresh ones the loss is "
-        f"{ratio:.2g} times that in the log"
+        f"training has seen the same {what} again and again, or something else than the recipe "
+        f"says: on fresh ones the loss is {ratio:.2g} times that in the log"
     )
-    yield found("loss again", ratio, "ill" if ratio - 3 * doubt > 1.3 else "well", cause)
+    bad: Verdict = "ill" if ratio - 3 * doubt > 1.3 else "well"
+    remedy = ""
+    if ratio + 3 * doubt < 0.75:
+        bad, remedy = "ill", _OTHER
+        cause = (
+            "what was trained is not what the recipe says: its objective, on its data, costs "
+            f"{ratio:.2g} times what the log says"
+        )
+    yield found("loss again", ratio, bad, cause, remedy)
+
+
+def gradients(p: Patient) -> Iterator[Finding]:
+    """Whether the recipe's objective has the gradient that the log tells of.
+
+    A loss with a fault may cost as much as it should and lead elsewhere: one whose target learns
+    along has the value of one whose target is frozen.
+    """
+    objective, step, knobs = p.recipe.objective, p.run.step, p.recipe.training
+    if not isinstance(objective, get_args(AnyObjective)):
+        return  # of a method from outside, nobody knows what its gradient depends on
+    if isinstance(objective, ProgressiveDistillation):
+        return  # its teacher is the student of the round before
+    logged = _last(p, "gradient_norm")
+    student = _filled(p.run.model, p.weights["student"]).requires_grad_().train()
+    target: Denoiser = frozen_view(student)
+    if "target" in p.weights:
+        target = _filled(p.run.model, p.weights["target"]).train()
+    models = Models(student, target, p.walker if objective.needs_teacher else None)
+    clock, parameters = Clock(max(0, step - 1), knobs.steps), [*student.parameters()]
+    n = min(8 * p.count if p.count > 64 else 16, len(p.seen.x))
+    size, squares = min(knobs.batch_size, n // 4), []
+    total: list[Tensor] = []
+    for i in range(n // size):
+        generator = seeded("doctor", "gradient", i, device=p.device)
+        batch = p.part(slice(-n + i * size, -n + (i + 1) * size or None))
+        value = objective(models, batch, clock=clock, generator=generator).value
+        new = torch.autograd.grad(value, parameters, allow_unused=True)
+        grads = [g for g in new if g is not None]
+        total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
+        squares.append(_squared(grads))
+    k, mean = len(squares), sum(squares) / len(squares)
+    # In E|g|^2 of a batch, what chance adds shrinks with its size; |E g|^2, of all batches, stays.
+    steady = max(0.0, (_squared(total) / k - mean) / (k - 1))
+    expected = steady + max(0.0, mean - steady) * size / knobs.batch_size
+    ratio = math.sqrt(expected) / logged
+    cause = (
+        "what was trained is not what the recipe says: on the same weights, its objective has a "
+        f"gradient {ratio:.2g} times as long as that in the log"
+    )
+    bad: Verdict = "well" if 0.4 < ratio < 2.5 else "ill"
+    yield found("gradient again", ratio, bad, cause, _OTHER)
 
 
 def averages(p: Patient) -> Iterator[Finding]:
@@ -193,6 +265,16 @@ def grows(recipe: Experiment) -> bool:
     return curriculum.levels_at(Clock(0, steps)) < curriculum.levels_at(Clock(steps - 1, steps))
 
 
+def _last(p: Patient, column: str) -> float:
+    """The last number of a log that reaches the checkpoint."""
+    if not p.rows or p.rows[-1].get("step") != p.run.step or "student" not in p.weights:
+        raise Undone("the log does not reach the checkpoint")
+    last = p.rows[-1].get(column, math.nan)
+    if not (math.isfinite(last) and last != 0):
+        raise Undone(f"the log's last {column} says nothing")
+    return last
+
+
 def _remembered(p: Patient) -> float:
     """What is left of the first weights in the target."""
     steps, every = p.recipe.training.steps, max(1, p.run.step // 1000)
@@ -201,9 +283,9 @@ def _remembered(p: Patient) -> float:
 
 
 def _filled(model: Preconditioned, weights: Weights) -> Preconditioned:
-    """A copy of the model with other weights."""
+    """A copy of the model with other weights; what is no weight stays."""
     other = deepcopy(model)
-    other.load_state_dict(weights)
+    other.load_state_dict(weights, strict=False)
     return other
 
 
@@ -211,11 +293,15 @@ def _size(weights: Weights) -> float:
     """The root mean square of matrices' weights, those that begin at 0 aside."""
     chosen = [w for w in weights.values() if w.ndim >= 2 and bool(w.any())]
     count = sum(w.numel() for w in chosen)
-    return math.sqrt(sum(float(w.double().square().sum()) for w in chosen) / max(count, 1)) or 1e-12
+    return math.sqrt(_squared(chosen) / max(count, 1)) or 1e-12
 
 
 def _norm(weights: Weights) -> float:
-    return math.sqrt(sum(float(w.double().square().sum()) for w in weights.values()))
+    return math.sqrt(_squared(weights.values()))
+
+
+def _squared(tensors: Iterable[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors)
 
 
 def _apart(a: Weights, b: Weights) -> float:

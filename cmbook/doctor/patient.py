@@ -169,19 +169,24 @@ class Patient:
             self.run.model(x, torch.ones(1, device=self.device), label)
         return int(min(512, max(32, FLOPS // max(1, counter.get_total_flops()))))
 
+    def part(self, which: slice) -> Batch:
+        """Some of the samples seen, on the device."""
+        x, label = self.seen
+        return Batch(
+            x[which].to(self.device), None if label is None else label[which].to(self.device)
+        )
+
     @cached_property
     def asked(self) -> Batch:
         """The samples that models are asked about."""
-        (x, label), n = self.seen, min(self.count, (len(self.seen.x) + 1) // 2)
-        return Batch(x[:n].to(self.device), None if label is None else label[:n].to(self.device))
+        return self.part(slice(min(self.count, (len(self.seen.x) + 1) // 2)))
 
     @cached_property
     def rest(self) -> Batch:
         """Others of the same kind: what may be known beforehand."""
-        (x, label), n = self.seen, len(self.asked.x)
-        if len(x) < 32:
+        if len(self.seen.x) < 32:
             raise Undone("there are too few samples")
-        return Batch(x[n:].to(self.device), None if label is None else label[n:].to(self.device))
+        return self.part(slice(len(self.asked.x), None))
 
     @cached_property
     def std(self) -> float:
@@ -299,6 +304,17 @@ class Patient:
             said, truth = answer - mean, batch.x - mean
             slopes.append(float((said * truth).sum() / said.square().sum().clamp(min=1e-300)))
         return errors, slopes
+
+    def amiss(self, model: Denoiser, levels: list[float], noise: float) -> list[float]:
+        """Errors, over those of little knowledge, where the noise is not what the model is told."""
+        batch, v, errors = self.asked, self.variances, []
+        for sigma in levels:
+            real = noise * sigma
+            answer = ask(model, noisy(batch.x, real), sigma, batch.label)
+            error = float((answer - batch.x).flatten(1).square().sum(1).mean())
+            known = float((v * real**2 / (v + real**2)).sum())
+            errors.append(error / max(known, 1e-300) if math.isfinite(error) else math.inf)
+        return errors
 
     def dress(self, model: Preconditioned, skill: Skill) -> str | None:
         """If the same network does well in another dress, or on data in another range: which."""

@@ -46,8 +46,28 @@ def data_range(p: Patient) -> Iterator[Finding]:
         where = "[0, 1]"
     elif image and high < 1e-3 and low < 0:
         where = "[-1, 0]"
-    cause = f"the data lie in {where}, not in [-1, 1]"
-    yield found("data range", largest, "ill" if where else "well", cause)
+    cause, remedy = f"the data lie in {where}, not in [-1, 1]", ""
+    rows = x.flatten(1).abs().amax(1)
+    usual = float(rows.double().quantile(0.97))
+    if usual < largest / 4:
+        few = float((rows > 2 * usual).double().mean())
+        cause = f"{few:.1%} of the data are outliers that reach {largest:.3g}, the rest {usual:.3g}"
+        remedy = "Look at them, and leave them out"
+    yield found("data range", largest, "ill" if where else "well", cause, remedy)
+
+
+def data_spread(p: Patient) -> Iterator[Finding]:
+    """Whether points lie around 0, all coordinates alike."""
+    x = p.seen.x.double()
+    if x.ndim == 2 and bool(x.isfinite().all()):  # of pixels, a few bright ones on black do not
+        center, std = float(x.mean().abs()) / p.std, x.std(0, correction=0)
+        cause = (
+            f"the data lie around {float(x.mean()):.3g}, far from 0 for their std of {p.std:.3g}"
+        )
+        yield found("data center", center, over(center, 3), cause)
+        alike = float(std.max() / std[std > 0].min()) if bool(std.any()) else 1.0
+        cause = f"coordinates have other scales: one varies {alike:.2g} times as much as another"
+        yield found("data scales", alike, over(alike, 8), cause)
 
 
 def data_layout(p: Patient) -> Iterator[Finding]:
@@ -181,6 +201,13 @@ def levels(p: Patient) -> Iterator[Finding]:
     # With 2 levels the target of pure noise is the data themselves, so the answer is their mean.
     cause = f"too few noise levels, N = {n}: neighbors are too far apart to agree"
     yield found("levels", n, under(n, 7, 4), cause)
+    if isinstance(objective, ConsistencyTraining):
+        n = objective.curriculum.levels_at(Clock(0, steps))
+        cause = (
+            f"training begins with N = {n}: neighbors hardly differ, so what the data teach at "
+            "little noise reaches large noise too slowly"
+        )
+        yield found("first levels", n, over(n, 200), cause)
 
 
 def drawn_levels(p: Patient) -> Iterator[Finding]:
@@ -210,6 +237,12 @@ def teacher(p: Patient) -> Iterator[Finding]:
     yield found("teacher answers", skill.slope, poor, cause, remedy)
     if skill.learned is not None:
         yield found("teacher learned", skill.learned, under(skill.learned, 0.1, 0.1), cause, remedy)
+    if p.jumps:  # there its walk begins, whose first steps no later ones make good
+        top, known = p.range.sigma_max, theirs.recipe.noise_range.sigma_max
+        off = p.errors(theirs.model, p.asked, [top])[0][0]
+        cause = f"the teacher does not know sigma {top:g}, where its walk begins"
+        cause += f": it was made for sigma up to {known:g}" if known < top else ""
+        yield found("teacher top", off, over(off, 1.5, 2), cause, remedy)
 
 
 def walk(p: Patient) -> Iterator[Finding]:
