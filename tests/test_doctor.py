@@ -132,6 +132,11 @@ def shuffled(x, label):
     return TensorData(x, label.roll(333))
 
 
+def three_of_ten(x, label):
+    few = label < 3
+    return TensorData(x[few], label[few], classes=10)
+
+
 def constant(x, label):
     return TensorData(x.mean((1, 2, 3), keepdim=True).expand_as(x).contiguous(), label)
 
@@ -288,12 +293,16 @@ BROKEN = {
     "outliers": Case(
         QUICK, r"1.5% of the data are outliers that reach 40", digits_as(with_outliers)
     ),
+    "classes": Case(QUICK, "7 of the 10 classes have no samples", digits_as(three_of_ten)),
     "constant": Case(QUICK, "constant: one flat color", digits_as(constant)),
     "copies": Case(QUICK, "data repeat themselves", digits_as(copied)),
     "layout": Case(QUICK, "reshaped wrongly", digits_as(scrambled)),
     # the recipe
     "sigma_data": Case(ranged(BRIEF, sigma_data=5.0), "sigma_data is 5, .* std is 0.49"),
     "sigma_max": Case(ranged(BRIEF, sigma_max=1.0), "sigma_max = 1 is too small"),
+    "guidance": Case(
+        replace(taught(QUICK, teacher="dropping"), guidance=0.0), "guidance 0 takes the label away"
+    ),
     "boundary": Case("cd", "boundary is violated", edit=rewritten("ConsistencyS", "EDMS")),
     "coarse": Case(
         taught(BRIEF, replace(CD, levels=3, solver="euler")), "objective.levels = 3 are too few"
@@ -306,6 +315,9 @@ BROKEN = {
     "teacher of other data": Case(taught(BRIEF, teacher="moons"), "teacher is made for other data"),
     "teacher numbers otherwise": Case(
         taught(QUICK, teacher="renumbered"), "teacher numbers the classes otherwise.* 0 is its 9"
+    ),
+    "teacher distilled": Case(
+        taught(BRIEF, teacher="few steps"), "the teacher is itself distilled"
     ),
     "teacher untrained": Case(taught(BRIEF, teacher="untrained"), "teacher is untrained"),
     # training
@@ -364,6 +376,10 @@ TEACHERS = {
     ),
     "moons": Case(replace(RING, data=Toy("moons"))),
     "untrained": Case(trains(RING, steps=1)),
+    "few steps": Case(
+        taught(trains(RING, steps=200), ProgressiveDistillation(steps=8, last=1), EDMScalings())
+    ),
+    "dropping": Case(replace(DIGITS, network=ResidualMLP(128, 2, 64, label_dropout=0.1))),
     "renumbered": Case(DIGITS, fault=digits_as(renumbered)),
 }
 CASES = GOOD | BROKEN | ODD | TEACHERS

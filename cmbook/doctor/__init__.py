@@ -36,7 +36,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
     upstream.data_labels,
     *(upstream.noise_range, upstream.finite, upstream.boundary),
-    *(answers.teacher_labels, upstream.teacher, upstream.walk),
+    *(upstream.guidance, answers.teacher_labels, upstream.teacher, upstream.walk),
     *(history.progress, history.moved, history.curves, answers.told, history.repeats),
     *(history.gradients, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),

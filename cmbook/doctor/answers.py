@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,7 +88,13 @@ def denoises(p: Patient) -> Iterator[Finding]:
 
 def labels(p: Patient) -> Iterator[Finding]:
     """What the right label saves, over what it saves the data's own exact denoiser."""
-    yield from _heard(p, p.run, "labels", "the model")
+    for finding in _heard(p, p.run, "labels", "the model"):
+        taught = [] if p.teacher is None else [*_heard(p, p.teacher, "labels", "the teacher")]
+        if finding.verdict == "look" and any(each.measured > 0.3 for each in taught):
+            finding = replace(
+                finding, verdict="ill", cause="the model ignores the label, which its teacher hears"
+            )
+        yield finding
 
 
 def teacher_labels(p: Patient) -> Iterator[Finding]:

@@ -41,6 +41,9 @@ NORMS = {
         "distance of their mean from 0, over their std: below 1", "Subtract it", "suspicion"
     ),
     "class balance": Norm("effective share of the classes: 1", "Balance them, or leave them out"),
+    "classes missing": Norm(
+        "classes without samples: 0", "Look at data.limit and the folders; number classes from 0"
+    ),
     "label meaning": Norm(
         "neighbors of one class, over chance: well above 1",
         "Check that samples and labels are in the same order",
@@ -68,6 +71,8 @@ NORMS = {
         "N at the start: 2 to 160", "Begin with 10, as objective.curriculum can", "suspicion"
     ),
     "top": Norm("error at sigma_max over that of the mean: 1; bad from 2"),
+    "guidance": Norm("1, which is none, or more", "Set guidance=1"),
+    "kind": Norm("0: it is a diffusion model", "", "suspicion"),
     "walk": Norm(
         "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
     ),
@@ -110,6 +115,13 @@ NORMS = {
     "batch": Norm("samples in a step: 32 or more", "Raise training.batch_size", "suspicion"),
     "betas": Norm(
         "of Adam, the first: 0 to 0.95", "Set training.optimizer.betas=[0.9,0.999]", "suspicion"
+    ),
+    "warm-up": Norm("share of the steps: below 0.5", "Lower training.warmup", "suspicion"),
+    "network size": Norm(
+        "weights for each number of a sample: hundreds", "Take a larger network", "suspicion"
+    ),
+    "rate again": Norm(
+        "the log's over the recipe's: 1", "Look at what else sets the optimizer's", "suspicion"
     ),
     "dropout": Norm("share that is dropped: 0 to 0.5", "Lower it", "suspicion"),
     "hears sigma": Norm(
@@ -175,7 +187,8 @@ class Finding:
     def norm(self) -> Norm:
         """What is normal. A teacher is upstream: its symptoms are faults."""
         norm = NORMS[self.check.removeprefix("teacher ")]
-        return norm._replace(role="fault") if self.check.startswith("teacher ") else norm
+        fault = self.check.startswith("teacher ") and norm.role != "suspicion"
+        return norm._replace(role="fault") if fault else norm
 
 
 def found(check: str, measured: float, verdict: Verdict, cause: str, remedy: str = "") -> Finding:

@@ -50,6 +50,18 @@ def progress(p: Patient) -> Iterator[Finding]:
     )
     cause = f"dropout {dropped:g} leaves little to learn from"
     yield found("dropout", dropped, over(dropped, 0.5), cause)
+    warming = p.recipe.training.warmup / steps
+    cause = f"the rate warms up for {p.recipe.training.warmup} of {steps} steps: it never stays up"
+    yield found("warm-up", warming, over(warming, 0.5), cause)
+    weights = sum(w.numel() for w in p.weights["average"].values())
+    each = weights / math.prod(p.run.record["shape"])
+    cause = f"the network is small: {weights} weights for samples of {p.run.record['shape']}"
+    yield found("network size", each, under(each, 100), cause)
+    if p.rows and p.rows[-1].get("step") == p.run.step and p.rows[-1].get("learning_rate"):
+        said = p.recipe.training.learning_rate(Clock(p.run.step - 1, steps))
+        ratio = p.rows[-1]["learning_rate"] / max(said, 1e-300)
+        cause = f"the learning rate of the last step was {ratio:.2g} times what the recipe says"
+        yield found("rate again", ratio, "well" if 0.9 < ratio < 1.1 else "look", cause)
 
 
 def moved(p: Patient) -> Iterator[Finding]:

@@ -97,6 +97,11 @@ def data_labels(p: Patient) -> Iterator[Finding]:
     if label is None or p.classes < 2:
         return
     share = label.bincount(minlength=p.classes).double() / len(label)
+    none = [str(c) for c in range(p.classes) if not share[c]]
+    enough = len(label) >= 20 * p.classes or p.length == len(label)
+    which = ", ".join(none[:10]) + (", …" if len(none) > 10 else "")
+    cause = f"{len(none)} of the {p.classes} classes have no samples in the training set: {which}"
+    yield found("classes missing", len(none), "ill" if none and enough else "well", cause)
     # exp(entropy) counts classes by how much they are there.
     effective = float(torch.special.entr(share).sum().exp()) / p.classes
     cause = f"one class dominates: {float(share.max()):.0%} of the data"
@@ -189,6 +194,16 @@ def boundary(p: Patient) -> Iterator[Finding]:
     yield found("boundary", off, "well" if off < 1e-5 else "ill", cause)
 
 
+def guidance(p: Patient) -> Iterator[Finding]:
+    """Whether the teacher's guidance leaves labels their meaning."""
+    scale = p.recipe.guidance
+    if p.classes and p.recipe.teacher is not None:
+        cause = (
+            f"guidance {scale:g} takes the label away: 1 is none, more is stronger, 0 is no label"
+        )
+        yield found("guidance", scale, under(scale, 1, 0.5), cause)
+
+
 def levels(p: Patient) -> Iterator[Finding]:
     """Whether the grid has enough levels at the end."""
     objective, steps = p.recipe.objective, p.recipe.training.steps
@@ -225,6 +240,14 @@ def teacher(p: Patient) -> Iterator[Finding]:
     if p.recipe.teacher is None:
         return
     theirs = p.at_hand
+    kind = type(theirs.recipe.objective)
+    distilled = kind is ProgressiveDistillation and not isinstance(p.recipe.objective, kind)
+    cause = (
+        "the teacher is itself distilled, by ProgressiveDistillation: it knows the levels of a few "
+        "steps alone, and is no diffusion model whose path could be followed"
+    )
+    verdict: Verdict = "look" if distilled else "well"
+    yield found("teacher kind", distilled, verdict, cause, "Take the one it was made from")
     skill = p.skill(theirs.model, theirs.recipe)
     ignorant = skill.learned is not None and skill.learned < 0.1
     cause = "untrained, or trained too little"
