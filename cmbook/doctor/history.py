@@ -26,7 +26,8 @@ from cmbook.training import frozen_view
 
 Weights = dict[str, Tensor]
 _OTHER = (
-    "Look at your loss, whether its target is detached, at the loop, and at what the loader does"
+    "Look at your loss (is the target detached? do both points of a pair share their noise?), at "
+    "the loop and at the loader"
 )
 
 
