@@ -21,7 +21,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        self.writer = summary_writer()(str(folder), purge_step=step + 1 if step else None)
+        self.writer = summary_writer()(str(folder), purge_step=step + 1)
 
     def __enter__(self) -> "Board":
         return self

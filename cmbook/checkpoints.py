@@ -106,9 +106,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
     Source: ours.
     """
-    return sorted(
-        path for path in folder.glob("step-" + 8 * "[0-9]") if (path / "manifest.json").is_file()
-    )
+    found = folder.glob("step-" + 8 * "[0-9]" + "*")  # from 100,000,000 steps on, more digits
+    steps = {path: path.name.removeprefix("step-") for path in found}
+    whole = [p for p, step in steps.items() if step.isdecimal() and (p / "manifest.json").is_file()]
+    return sorted(whole, key=lambda path: int(steps[path]))
 
 
 def verify(path: Path) -> None:
@@ -153,7 +154,7 @@ def read_weights(path: Path, name: str) -> Weights:
 
 
 def restore(path: Path, state: State) -> None:
-    """Bring a state to where a checkpoint left it.
+    """Bring a state to where a checkpoint left it; the optimizer's settings stay as they are.
 
     Raises:
         ValueError: If the checkpoint is not whole, or is of another network.
@@ -165,7 +166,9 @@ def restore(path: Path, state: State) -> None:
         fill(model, read_weights(path, name), path)
     try:
         saved: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        state.optimizer.load_state_dict(saved["optimizer"])
+        groups = zip(state.optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True)
+        knobs = [{**ours, "params": theirs["params"]} for ours, theirs in groups]
+        state.optimizer.load_state_dict({**saved["optimizer"], "param_groups": knobs})
         state.step = int(saved["step"])
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path}/state.pt does not fit this optimizer: {error!r}") from error

@@ -22,7 +22,7 @@ from cmbook.experiment import Experiment
 from cmbook.noise import PerImage, integers, seeded
 from cmbook.ode import Counted
 from cmbook.protocols import Denoiser, Generator, Samples
-from cmbook.runs import Run, run
+from cmbook.runs import Run, clear, run
 from cmbook.samplers import multistep, ode_sample, one_step, prior
 
 IMAGES = 5000
@@ -78,9 +78,10 @@ def demo(
     Source: ours.
     """
     recipes = {name: recipe_of(name, out, seed, overrides) for name in ("edm", "cd", "ct")}
-    edm, cd, ct = (
-        trained(recipe, out / name, overwrite, progress) for name, recipe in recipes.items()
-    )
+    if overwrite:  # all at once: students of the old teacher would not fit the new one
+        for name in recipes:
+            clear(out / name)
+    edm, cd, ct = (trained(recipe, out / name, progress) for name, recipe in recipes.items())
     data = edm.recipe.data.build()
     assert isinstance(data, TensorData)
     rows, pictures = _real_rows(data, seed)
@@ -145,10 +146,10 @@ def recipe_of(name: str, out: Path, seed: int, overrides: tuple[str, ...]) -> Ex
     return recipe
 
 
-def trained(recipe: Experiment, folder: Path, overwrite: bool, progress: bool) -> Run:
+def trained(recipe: Experiment, folder: Path, progress: bool) -> Run:
     """The run of one recipe: loaded if it is there, gone on with if it was interrupted."""
-    there = (folder / "experiment.toml").is_file() and not overwrite
-    return run(recipe, folder, resume=there, overwrite=overwrite, progress=progress)
+    there = (folder / "experiment.toml").is_file()
+    return run(recipe, folder, resume=there, progress=progress)
 
 
 def walk_of(made: Run) -> Sampler:

@@ -63,7 +63,12 @@ def owned(folder: Path) -> Iterator[None]:
 
     Source: ours.
     """
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # another user's, or on a disk that cannot be written: it locks all the same
+        if not (folder / LOCK).exists():
+            raise
+        handle = os.open(folder / LOCK, os.O_RDONLY)
     try:
         if not _lock(handle):
             other = os.read(handle, 200).decode(errors="replace").strip() or "another process"

@@ -183,20 +183,21 @@ def run(
     parts = rounds(recipe, Path(folder))
     teacher, device = recipe.teacher, processes.device or device
     again = processes.on_main(lambda: _look(parts, teacher, resume, overwrite, tensorboard))
+    folders = [where for _, where in parts]
     for i, ((part, where), goes_on) in enumerate(zip(parts, again, strict=True), 1):
-        wish = _Wish(goes_on, changed, overwrite, i < len(parts))
+        wish = _Wish(goes_on, changed, overwrite, tuple(folders[i:]))
         done = _carry_out(part, where, wish, device, progress, tensorboard, processes)
     return done
 
 
 @dataclass(frozen=True)
 class _Wish:
-    """What the user allows with a folder, as in `run`, and whether more rounds follow this one."""
+    """What the user allows with a folder, as in `run`, and where the rounds after it lie."""
 
     resume: bool
     changed: bool
     overwrite: bool
-    more: bool
+    later: tuple[Path, ...]
 
 
 def _look(
@@ -264,10 +265,6 @@ def _carry_out(
         )
         if last is not None:
             checkpoints.restore(last, state)
-            for group, ours in zip(
-                optimizer.param_groups, knobs.optimizer.build(student).param_groups, strict=True
-            ):  # rates are the recipe's, moments the checkpoint's
-                group.update({name: knob for name, knob in ours.items() if name != "params"})
         if state.step >= knobs.steps:  # nothing is left to do, nor to record
             return load(folder, device)
         if wish.resume:  # a run that has ended needs nothing more
@@ -308,7 +305,10 @@ def _carry_out(
         shown = Board(folder / "tensorboard", state.step) if tensorboard else nullcontext()
         with shown as board:
             try:
-                _follow(steps, state, recipe, folder, text, wish.more, progress, board, processes)
+                _follow(
+                    *(steps, state, recipe, folder, text, bool(wish.later)),
+                    *(progress, board, processes),
+                )
             except Diverged as stop:  # on every process: all see the same numbers
                 kept = processes.on_main(lambda: _keep(state, folder, text))
                 raise Diverged(
@@ -413,7 +413,8 @@ def load(folder: Path | str, device: str = "cpu", *, average: float | None = Non
     folder = Path(folder)
     if not folder.exists() and folder.as_posix() in students():
         folder = _STUDENTS / folder
-    if (folder / "manifest.json").is_file():
+    this_very_one = (folder / "manifest.json").is_file()
+    if this_very_one:
         path, folder = folder, folder.resolve().parent.parent
     else:
         found = checkpoints.checkpoints(folder / "checkpoints")
@@ -424,7 +425,12 @@ def load(folder: Path | str, device: str = "cpu", *, average: float | None = Non
                 f"{_command(folder)}{again}"
             )
         path = found[-1]
-    checkpoints.verify(path)
+    try:
+        checkpoints.verify(path)
+    except ValueError:
+        if this_very_one or path.exists():
+            raise
+        return load(folder, device, average=average)  # pruned meanwhile: there is a newer one
     recipe, record = _recorded(path / "experiment.toml")
     step = str(record.get("step", path.resolve().name.removeprefix("step-")))
     if not step.isdigit():
@@ -617,9 +623,30 @@ def _claim(
     if step < recipe.training.steps:
         _check_room(folder, needed, saved if wish.overwrite else None)
     if wish.overwrite:
-        for path in (saved, folder / "tensorboard", folder / "log.csv", there):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for later in wish.later:  # students of the old run would not fit the new one
+            clear(later)
+        _clear(folder)
     return (found[-1] if found else None), changes, notes
+
+
+def clear(folder: Path) -> None:
+    """Delete the run in a folder, if there is one, and nothing else there.
+
+    Raises:
+        ValueError: If another process is at work there, or what is there is no run.
+
+    Source: ours.
+    """
+    if folder.is_dir():
+        with disk.owned(folder):
+            _check_folder(folder, None, resume=False, overwrite=True)
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    for name in ("checkpoints", "tensorboard", "log.csv", "experiment.toml"):  # the mark goes last
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _check_folder(folder: Path, teacher: str | None, resume: bool, overwrite: bool) -> None:
@@ -684,7 +711,7 @@ def _check_same(
             )
         changes.append(what[name])
     done = step >= recipe.training.steps
-    if done and (wish.more or not changes):  # a round that has ended stays as it was
+    if done and (wish.later or not changes):  # a round that has ended stays as it was
         return told, []
     now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     changes += _moved(record, now)
@@ -907,6 +934,7 @@ class _Log:
     def __init__(self, path: Path, step: int | None) -> None:
         self.path = path
         self.since: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.unwritten = ""
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         head, *rows = [*csv.reader(text.splitlines())] or [_HEAD]
         rows = [row for row in rows if _is_whole(row, len(head))]
@@ -927,8 +955,15 @@ class _Log:
         self.since.clear()
         self.seconds = time.perf_counter() - self.started
         rate, cells = step.learning_rate, f"{loss:.8g},{self.seconds:.3f},{norm:.6g}"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{step.state.step},{cells},{rate:.6g},{images}\n")
+        self.unwritten += f"{step.state.step},{cells},{rate:.6g},{images}\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:  # rows can wait, and a save will say if it cannot be written
+            if not self.unwritten.startswith("\n"):  # what came through may be half a row
+                _warn([f"{self.path} cannot be written: {error.strerror or error}; its rows wait"])
+                self.unwritten = f"\n{self.unwritten}"
         return dict(zip(_HEAD[1:], (loss, self.seconds, norm, rate, images), strict=True))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import cmbook
 from cmbook import ProgressiveDistillation, Toy, checkpoints, disk, load, run, runs
@@ -318,6 +319,26 @@ def test_a_disk_that_is_full_is_called_full(tmp_path, monkeypatch):
         make(CT_RUN, tmp_path)
 
 
+def test_a_row_that_cannot_be_written_waits_for_the_next(finished, tmp_path, monkeypatch, capsys):
+    real, failed = Path.open, []
+
+    def full(self, mode="r", **knobs):
+        if self.name == "log.csv" and "a" in mode and not failed:
+            failed.append(self)
+            with real(self, mode, **knobs) as file:
+                file.write("1,0.5")  # what had room
+            raise OSError(errno.ENOSPC, "no space left")
+        return real(self, mode, **knobs)
+
+    monkeypatch.setattr(Path, "open", full)
+    make(CT_RUN, tmp_path / "run")
+    assert failed
+    assert "log.csv cannot be written: no space left; its rows wait" in capsys.readouterr().err
+    shutil.copy(tmp_path / "run/log.csv", tmp_path / "log.csv")
+    runs._Log(tmp_path / "log.csv", CT_RUN.training.steps)  # what a resumed run reads
+    assert rows(tmp_path) == rows(finished)
+
+
 # one writer
 
 
@@ -331,6 +352,87 @@ def test_two_runs_in_one_folder_are_kept_apart(copied):
                 make(CT_RUN, copied, **knobs)
     assert {**files(copied), ".lock": b""} == {**before, ".lock": b""}
     assert make(CT_RUN, copied, resume=True).finished
+
+
+def test_the_lock_of_another_user_locks_too(tmp_path, monkeypatch):
+    real = os.open
+
+    def foreign(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "not yours", str(path))
+        return real(path, flags, *mode)
+
+    with disk.owned(tmp_path):
+        monkeypatch.setattr(os, "open", foreign)
+        with pytest.raises(ValueError, match="is at work"), disk.owned(tmp_path):
+            pass
+    with disk.owned(tmp_path):
+        pass
+    (tmp_path / disk.LOCK).unlink()
+    with pytest.raises(PermissionError), disk.owned(tmp_path):
+        pass
+
+
+def test_who_reads_while_checkpoints_are_pruned_gets_the_newer_one(copied, monkeypatch):
+    old, real, asked = saved(copied)[-1], checkpoints.verify, []
+
+    def pruned(path):
+        asked.append(path.name)
+        if len(asked) == 1:  # meanwhile the run has gone on
+            shutil.copytree(path, path.with_name("step-99999999"))
+            shutil.rmtree(path)
+        real(path)
+
+    monkeypatch.setattr(checkpoints, "verify", pruned)
+    assert load(copied).finished
+    assert asked == [old.name, "step-99999999"]
+
+
+def test_checkpoints_are_ordered_by_their_steps_however_many(tmp_path):
+    for step in (100_000_000, 99_999_999, 5):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    (tmp_path / "step-00000007-copy").mkdir()
+    (tmp_path / "step-00000007-copy" / "manifest.json").touch()
+    found = [path.name for path in checkpoints.checkpoints(tmp_path)]
+    assert found == ["step-00000005", "step-99999999", "step-100000000"]
+
+
+def test_rounds_that_were_being_replaced_when_they_were_killed_can_be_resumed(tmp_path):
+    teacher = tmp_path / "teacher"
+    make(EDM_RUN, teacher)
+    recipe = replace(
+        EDM_RUN, objective=ProgressiveDistillation(steps=4, last=2), network=None,
+        teacher=str(teacher),
+    )  # fmt: skip
+    make(recipe, tmp_path / "run")
+    anew = replace(recipe, seed=1)
+
+    def killed(*given, **knobs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(anew, tmp_path / "run", overwrite=True)
+    make(anew, tmp_path / "run", resume=True)
+    make(anew, tmp_path / "straight")
+    ours, theirs = (saved(tmp_path / name)[-1] for name in ("run", "straight"))
+    weights = [load_file(path / "average.safetensors") for path in (ours, theirs)]
+    assert all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
+
+
+def test_clearing_spares_what_is_no_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is no run of cmbook"):
+        runs.clear(tmp_path)
+    runs.clear(tmp_path / "nothing")
+    make(EDM_RUN, tmp_path / "run")
+    with disk.owned(tmp_path / "run"), pytest.raises(ValueError, match="is at work"):
+        runs.clear(tmp_path / "run")
+    runs.clear(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_run_that_ended_meanwhile_is_not_written_into(tmp_path, monkeypatch):
