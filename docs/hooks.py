@@ -271,6 +271,29 @@ def sample_table() -> str:
     return table(head, rows)
 
 
+def overhead_table() -> str:
+    """What the trainer costs beside a bare loop, and a save beside its bytes."""
+    found = measured("overhead")
+    rows = []
+    for name in ("toy", "digits"):
+        row = found[name]
+        low, high = row["half of the blocks, µs"]
+        rows.append(
+            [
+                f"a step of `{row['recipe']}`",
+                f"{row['bare loop, ms']:.3g} ms",
+                f"{row['trainer, ms']:.3g} ms",
+                f"{row['ratio']:.3f}",
+                f"{row['overhead, µs a step']:.0f} µs ({low:.0f} to {high:.0f})",
+            ]
+        )
+    save = found["save"]
+    title = f"a save of {save['gigabytes']:.1f} GB"
+    times = [f"{save['bytes alone, s']:.1f} s", f"{save['save, s']:.1f} s"]
+    rows.append([title, *times, f"{save['ratio']:.2f}", ""])
+    return table(["", "bare", "ours", "ratio", "difference, and of half of the blocks"], rows)
+
+
 def norm_table() -> str:
     """What `cmbook doctor` measures, what is normal, and the part that each check plays."""
     from cmbook.doctor import NORMS
@@ -284,4 +307,5 @@ MEASURED = {
     "steps": step_table,
     "samples": sample_table,
     "norms": norm_table,
+    "overhead": overhead_table,
 }
