@@ -153,6 +153,21 @@ def read_weights(path: Path, name: str) -> Weights:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
+def read_moments(path: Path) -> dict[str, Any]:
+    """The state of the optimizer in a checkpoint; `verify` it first.
+
+    Raises:
+        ValueError: If it cannot be read.
+
+    Source: ours.
+    """
+    try:
+        saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return dict(saved["optimizer"])
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path}/state.pt cannot be read: {error!r}") from error
+
+
 def restore(path: Path, state: State) -> None:
     """Bring a state to where a checkpoint left it; the optimizer's settings stay as they are.
 

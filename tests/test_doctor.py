@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cmbook import (
@@ -29,6 +30,7 @@ from cmbook import (
     Experiment,
     FixedLevels,
     Glyphs,
+    Images,
     NCSNpp,
     NoiseRange,
     ProgressiveDistillation,
@@ -44,6 +46,7 @@ from cmbook import (
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
 from cmbook.experiment import Sampling, Training
+from cmbook.features import to_bytes
 from cmbook.losses import ct, edm, regression
 from cmbook.noise import LogNormal, add_noise, seeded
 from cmbook.parameterization import VEScalings
@@ -221,6 +224,26 @@ def target_learns():
     return mock.patch.object(ct, "self_consistency", self_consistency)
 
 
+def never_zeroed():
+    """Gradients add up from step to step."""
+    return mock.patch.object(torch.optim.Optimizer, "zero_grad")
+
+
+def made_anew():
+    """The optimizer forgets its moments before every step."""
+    real = torch.optim.Adam.step
+
+    def step(self, *given):
+        self.state.clear()
+        return real(self, *given)
+
+    return mock.patch.object(torch.optim.Adam, "step", step)
+
+
+def forty(x, label):
+    return TensorData(x[:40], label[:40], classes=10)
+
+
 def other_loss():
     """The loss of a head that answers with twice the picture."""
 
@@ -319,7 +342,10 @@ BROKEN = {
     "teacher distilled": Case(
         taught(BRIEF, teacher="few steps"), "the teacher is itself distilled"
     ),
-    "teacher untrained": Case(taught(BRIEF, teacher="untrained"), "teacher is untrained"),
+    "teacher untrained": Case(
+        taught(BRIEF, teacher="untrained"), "teacher is ill: the average still remembers the first"
+    ),
+    "teacher of forty": Case(taught(QUICK, teacher="forty"), "the teacher is ill: "),
     # training
     "rate too high": Case(trains(BRIEF, optimizer=Adam(0.5)), "learning rate.* too high"),
     "rate too low": Case(trains(BRIEF, optimizer=Adam(1e-7)), "learning rate 1e-07 is too low"),
@@ -330,6 +356,7 @@ BROKEN = {
         "not what the recipe says.* a gradient",
         bug=target_learns,
     ),
+    "gradients add up": Case(RING, "gradients add up from step to step", bug=never_zeroed),
     "loss of another head": Case(BRIEF, "something else than the recipe says", bug=other_loss),
     "average": Case(trains(BRIEF, average_decay=0.9999), "average still remembers"),
     "one batch": Case(trains(DIGITS, batch_size=32), "same samples again", bug=one_batch),
@@ -359,6 +386,13 @@ ODD = {  # that need not be a fault
         replace(BRIEF, data=Toy("ring", labelled=True), network=MLP(64, 3, label_dropout=0.95)),
         "dropout 0.95 leaves little",
     ),
+    "forgetful": Case(
+        BRIEF, "the optimizer has counted 1 of 250 steps: it was made anew", bug=made_anew
+    ),
+    "rounded": Case(
+        taught(trains(RING, steps=2, precision="bfloat16", average_decay=0.0)),
+        "answers are rounded to 8 bits",
+    ),
     "center": Case(BRIEF, "the data lie around 1.5, far from 0", points_as([0.3, 0.3], 1.5)),
     "scales": Case(BRIEF, "coordinates have other scales", points_as([1.0, 0.01], 0.0)),
     "first levels": Case(
@@ -379,6 +413,7 @@ TEACHERS = {
     "few steps": Case(
         taught(trains(RING, steps=200), ProgressiveDistillation(steps=8, last=1), EDMScalings())
     ),
+    "forty": Case(trains(DIGITS, steps=1500), fault=digits_as(forty)),
     "dropping": Case(replace(DIGITS, network=ResidualMLP(128, 2, 64, label_dropout=0.1))),
     "renumbered": Case(DIGITS, fault=digits_as(renumbered)),
 }
@@ -477,6 +512,26 @@ class Outsider:
         )
 
 
+def test_mirrored_digits_are_noticed_and_mirrored_squares_are_not(tmp_path):
+    """Of a folder of pictures, shown as their mirror images half of the time."""
+    digits = Digits().build().x[:400]
+    squares = torch.full((400, 1, 8, 8), -1.0)
+    for i in range(400):
+        row, column, side = i % 3, i // 3 % 3, 3 + i // 9 % 3
+        squares[i, 0, row : row + side, column : column + side] = (i % 7 - 2) / 4
+        squares[i] += squares[i].flip(-1)
+    headlines = {}
+    for name, x in {"digits": digits, "squares": squares.clamp(-1, 1)}.items():
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(to_bytes(x)):
+            Image.fromarray(picture[0].numpy()).save(tmp_path / name / f"{i}.png")
+        data = Images(str(tmp_path / name), labelled=False, flip=True)
+        recipe = replace(QUICK, data=data, training=replace(QUICK.training, steps=2))
+        found = doctor.examine(run(recipe, tmp_path / f"run {name}", progress=False))
+        headlines[name] = {f.check: f.verdict for f in found.findings}["flip"]
+    assert headlines == {"digits": "ill", "squares": "well"}
+
+
 def test_a_method_from_outside_is_no_fault(clinic):
     known = load(clinic.folder("ct"))
     recipe = copy(known.recipe)
@@ -489,8 +544,8 @@ def test_a_method_from_outside_is_no_fault(clinic):
 def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
     seen = {f.check.removeprefix("teacher ") for n in CASES for f in clinic.diagnosis(n).findings}
     assert seen <= set(doctor.NORMS)
-    # The digits are gray, and nobody is guided.
-    assert set(doctor.NORMS) - seen <= {"data channels", "walk variety"}
+    # The digits are gray, not read from files, and nobody is guided.
+    assert set(doctor.NORMS) - seen <= {"data channels", "walk variety", "flip"}
 
 
 def test_what_is_not_at_hand_is_listed_apart(clinic, tmp_path):

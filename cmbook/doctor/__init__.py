@@ -21,7 +21,7 @@ from torch import nn
 
 from cmbook.data import Data
 from cmbook.doctor import answers, history, upstream
-from cmbook.doctor.findings import NORMS, Diagnosis, Finding, found, over, ranked
+from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
@@ -32,13 +32,27 @@ if TYPE_CHECKING:  # runs warns by this package, so it is imported by `examine` 
 
 __all__ = ["CHECKS", "NORMS", "Diagnosis", "Finding", "Watch", "examine", "warnings"]
 
+
+def teacher_itself(p: Patient) -> Iterator[Finding]:
+    """What the doctor says of the teacher, though not of its own teacher."""
+    theirs = p.teacher
+    if theirs is None:
+        return
+    said = examine(theirs, device=p.device, with_teacher=False)
+    ill = sum(finding.verdict == "ill" for finding in said.findings)
+    first = said.findings[0]
+    remedy = f"{first.remedy}. The whole list: cmbook doctor {theirs.folder}".removeprefix(". ")
+    verdict: Verdict = "ill" if ill else "well"
+    yield found("teacher itself", ill, verdict, f"the teacher is ill: {first.cause}", remedy)
+
+
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
-    upstream.data_labels,
+    *(upstream.data_labels, upstream.data_flip),
     *(upstream.noise_range, upstream.finite, upstream.boundary),
-    *(upstream.guidance, answers.teacher_labels, upstream.teacher, upstream.walk),
-    *(history.progress, history.moved, history.curves, answers.told, history.repeats),
-    *(history.gradients, history.averages),
+    *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher, upstream.walk),
+    *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
+    *(history.optimizer, history.curves, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),
     *(answers.hears_sigma, answers.copies, answers.labels, answers.denoises, answers.walk),
     *(answers.variety, answers.inside, answers.modes, answers.follows, answers.tangents),
@@ -52,6 +66,7 @@ def examine(
     data: Data | None = None,
     device: str = "cpu",
     average: float | None = None,
+    with_teacher: bool = True,
 ) -> Diagnosis:
     """Measure a run and say what is wrong with it: the likely cause first.
 
@@ -60,6 +75,7 @@ def examine(
         data: What it was trained on; by default what its recipe says, if that is at hand.
         device: Where to compute.
         average: The decay of the moving average to examine, if there are several.
+        with_teacher: Whether to examine its teacher, too.
 
     Returns:
         The findings. Checks whose data, teacher, log or weights are not at hand are listed apart.
@@ -78,7 +94,7 @@ def examine(
     made = runs.load(run, device, average=average) if isinstance(run, Path | str) else run
     patient = admit(made, data, device)
     findings, skipped = list[Finding](), dict[str, str]()
-    for check in CHECKS:
+    for check in CHECKS if with_teacher else [c for c in CHECKS if c is not teacher_itself]:
         try:
             findings += check(patient)
         except Undone as why:

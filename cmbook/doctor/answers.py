@@ -48,15 +48,16 @@ def told(p: Patient) -> Iterator[Finding]:
     """Whether a diffusion model is told the noise that it sees."""
     if not isinstance(p.recipe.objective, EDM) or p.recipe.guidance > 1:
         return
-    levels = p.skill(p.run.model, p.recipe).levels
+    skill = p.skill(p.run.model, p.recipe)
+    levels = skill.levels
     scores = {
         scale: sum(math.log(max(error, 1e-300)) for error in p.amiss(p.run.model, levels, scale))
         / len(levels)
         for scale in (0.25, 0.5, 1.0, 2.0, 4.0)
     }
     best = min(scores, key=scores.__getitem__)
-    if scores[best] > min(0.0, scores[1.0] - 0.1):
-        best = 1.0
+    if 0.5 < skill.slope < 2 or scores[best] > min(0.0, scores[1.0] - 0.1):
+        best = 1.0  # its answers are means of what it sees, or no better with other noise
     much = "little" if best > 1 else "much"
     cause = (
         f"the model takes away too {much} noise: it was trained with {best:g} times what it was "

@@ -48,12 +48,16 @@ NORMS = {
         "neighbors of one class, over chance: well above 1",
         "Check that samples and labels are in the same order",
     ),
+    "flip": Norm(
+        "how far mirrored samples lie from the others, over samples: 1", "Set data.flip=false"
+    ),
     "same data": Norm(
         "1: those of the run's record", "Bring them back, or train anew", "suspicion"
     ),
     "data size": Norm("samples: hundreds at least", "Get more data", "suspicion"),
     "sigma_data": Norm("over the data's std: 1"),
     "sigma_max": Norm("over the data's std: 10 or more, where they drown"),
+    "sigma_max high": Norm("over the data's std: below 1500", "", "suspicion"),
     "sigma_min": Norm("over the data's std: below 0.03", "Set noise_range.sigma_min=0.002"),
     "finite": Norm("numbers that are NaN or infinite: 0", _LOWER),
     "dress": Norm("0: the scalings suit the objective", 'Set scalings = { kind = "EDMScalings" }'),
@@ -72,6 +76,7 @@ NORMS = {
     ),
     "top": Norm("error at sigma_max over that of the mean: 1; bad from 2"),
     "guidance": Norm("1, which is none, or more", "Set guidance=1"),
+    "itself": Norm("faults that the teacher itself shows: 0"),
     "kind": Norm("0: it is a diffusion model", "", "suspicion"),
     "walk": Norm(
         "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
@@ -80,6 +85,7 @@ NORMS = {
         "variance in a class that guidance leaves, over the data's: above 0.3", "Lower guidance"
     ),
     "grid": Norm("what the walk loses on its grid, over chance: below 0.3", "", "suspicion"),
+    "precision": Norm("bits of a rounded answer", "Set training.precision=float32", "suspicion"),
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",
@@ -101,6 +107,10 @@ NORMS = {
         "Draw both anew in every step: look at loader, seed of the generator, and loss",
     ),
     "gradient again": Norm("the recipe's, computed anew, over that in the log: 0.4 to 2.5"),
+    "optimizer steps": Norm(
+        "share of the steps that it has counted: 1", "Make it once, before the loop", "suspicion"
+    ),
+    "weight decay": Norm("of the optimizer: 0", "Set it to 0", "suspicion"),
     "gradient": Norm("largest over typical norm: below 10", _LOWER, "suspicion"),
     "average memory": Norm("share of the first weights in it: below 0.1", "", "suspicion"),
     "average moves": Norm("its way over the student's: 1", "Call blend after every step"),

@@ -231,8 +231,34 @@ def gradients(p: Patient) -> Iterator[Finding]:
         "what was trained is not what the recipe says: on the same weights, its objective has a "
         f"gradient {ratio:.2g} times as long as that in the log"
     )
+    remedy = _OTHER
+    if ratio < 0.4:
+        again = max((f.measured for f in repeats(p)), default=1.0)
+        if 0.75 < again < 1.3:
+            cause = (
+                f"the gradient in the log is {1 / ratio:.2g} times that of the recipe's objective, "
+                "though its loss is right: gradients add up from step to step, or are scaled"
+            )
+            remedy = "Call optimizer.zero_grad() in every step; look at the loop"
     bad: Verdict = "well" if 0.4 < ratio < 2.5 else "ill"
-    yield found("gradient again", ratio, bad, cause, _OTHER)
+    yield found("gradient again", ratio, bad, cause, remedy)
+
+
+def optimizer(p: Patient) -> Iterator[Finding]:
+    """Whether one optimizer took all steps, and does not also shrink the weights."""
+    saved = p.moments
+    if not saved["state"]:
+        raise Undone("the optimizer's moments are not at hand")
+    steps = [float(each["step"]) for each in saved["state"].values() if "step" in each]
+    share = min(steps, default=float(p.run.step)) / p.run.step
+    cause = (
+        f"the optimizer has counted {share * p.run.step:.0f} of {p.run.step} steps: it was made "
+        "anew meanwhile, or leaves weights out, and forgets its moments"
+    )
+    yield found("optimizer steps", share, under(share, 0.9), cause)
+    decay = max(float(group.get("weight_decay", 0.0)) for group in saved["param_groups"])
+    cause = f"the optimizer shrinks the weights, by a weight decay of {decay:g}"
+    yield found("weight decay", decay, over(decay, 0.05), cause)
 
 
 def averages(p: Patient) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,14 @@ class Patient:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.run.model(x, torch.ones(1, device=self.device), label)
         return int(min(512, max(32, FLOPS // max(1, counter.get_total_flops()))))
+
+    @cached_property
+    def moments(self) -> dict[str, Any]:
+        """The optimizer's state, as the last checkpoint has it."""
+        saved = checkpoints.checkpoints(self.run.folder / "checkpoints")
+        if not saved or "student" not in self.weights:
+            raise Undone("the optimizer's moments are not at hand")
+        return checkpoints.read_moments(saved[-1])
 
     def part(self, which: slice) -> Batch:
         """Some of the samples seen, on the device."""

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import torch
 
+from cmbook.data import Images
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask, scatter
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
@@ -118,6 +120,28 @@ def data_labels(p: Patient) -> Iterator[Finding]:
     yield found("label meaning", agree / chance, bad, cause)
 
 
+def data_flip(p: Patient) -> Iterator[Finding]:
+    """Whether the data are their own mirror images, where half of them are mirrored."""
+    recipe = p.recipe.data
+    if not getattr(recipe, "flip", False) or p.seen.x.ndim != 4:
+        return
+    assert isinstance(recipe, Images)
+    x = next(replace(recipe, flip=False).build().batches(min(1024, len(p.seen.x)), 0)).x.double()
+    known, others = x.flatten(1).chunk(2)
+    if len(others) < 32:
+        raise Undone("the samples at hand are too few to compare them with their mirror images")
+    mirrored = others.view(-1, *p.seen.x.shape[1:]).flip(-1).flatten(1)
+    plain, turned = (
+        float(torch.cdist(each, known).amin(1).median()) for each in (others, mirrored)
+    )
+    ratio = turned / max(plain, 1e-12)
+    cause = (
+        f"flip mirrors pictures that have a right way round: mirrored ones lie {ratio:.2g} times "
+        "as far from the others"
+    )
+    yield found("flip", ratio, over(ratio, 1.15, 1.3), cause)
+
+
 def same_data(p: Patient) -> Iterator[Finding]:
     """Whether the data are those of the record."""
     if p.data is None or (p.length or 0) > 200_000:  # a fingerprint reads all of them
@@ -128,6 +152,9 @@ def same_data(p: Patient) -> Iterator[Finding]:
     if p.length is not None:
         cause = f"{p.length} samples are too few: a model learns them by heart"
         yield found("data size", p.length, under(p.length, 100), cause)
+    if p.recipe.training.precision == "bfloat16" and p.jumps:
+        drop = "answers are rounded to 8 bits, and neighbors on a fine grid differ by less"
+        yield found("precision", 8, "look", f"precision is bfloat16: {drop}")
 
 
 def sigma_data_finding(std: float, noise_range: NoiseRange) -> Finding:
@@ -151,6 +178,9 @@ def noise_range(p: Patient) -> Iterator[Finding]:
     yield sigma_data_finding(p.std, p.range)
     # At 4 standard deviations 6% of the variance is still data, which sampling begins without.
     top, low = p.range.sigma_max / p.std, p.range.sigma_min / p.std
+    cause = f"sigma_max = {p.range.sigma_max:g} is far more than drowns the data: levels are wasted"
+    remedy = f"Set noise_range.sigma_max={160 * p.std:.2g}"
+    yield found("sigma_max high", top, over(top, 1500), cause, remedy)
     cause = f"sigma_max = {p.range.sigma_max:g} is too small: under that noise the data still show"
     remedy = f"Set noise_range.sigma_max={20 * p.std:.2g} or more"
     yield found("sigma_max", top, under(top, 10, 4), cause, remedy)
@@ -253,7 +283,7 @@ def teacher(p: Patient) -> Iterator[Finding]:
     cause = "untrained, or trained too little"
     if skill.poor or ignorant:
         other = theirs.record.get("data_sha256") != p.run.record.get("data_sha256")
-        cause = p.dress(theirs.model, skill) or ("made for other data" if other else cause)
+        cause = p.dress(theirs.model, skill) or (_other_data(p) if other else cause)
     cause, remedy = f"the teacher is {cause}", f"Examine it: cmbook doctor {p.recipe.teacher}"
     poor: Verdict = "ill" if skill.poor else "well"
     yield found("teacher denoises", skill.worst[0], poor, cause, remedy)
@@ -266,6 +296,16 @@ def teacher(p: Patient) -> Iterator[Finding]:
         cause = f"the teacher does not know sigma {top:g}, where its walk begins"
         cause += f": it was made for sigma up to {known:g}" if known < top else ""
         yield found("teacher top", off, over(off, 1.5, 2), cause, remedy)
+
+
+def _other_data(p: Patient) -> str:
+    """In which setting the teacher's data are others than the student's."""
+    theirs, ours = p.at_hand.recipe.data, p.recipe.data
+    if type(theirs) is not type(ours):
+        return "made for other data"
+    each = [(f.name, getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(ours)]
+    said = ", ".join(f"data.{n} was {a!r}, here {b!r}" for n, a, b in each if a != b)
+    return "made for other data" + (f": {said}" if said else "")
 
 
 def walk(p: Patient) -> Iterator[Finding]:
