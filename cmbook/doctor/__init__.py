@@ -132,7 +132,7 @@ def warnings(recipe: Experiment, data: Data) -> list[str]:
     std, largest = float(x.double().std(correction=0)), float(x.abs().max())
     cause = f"the data reach {largest:.3g}, not 1"
     return _said(
-        found("data range", largest, over(largest, 3), cause),
+        found("data range", largest, over(largest, 3), cause, "For bytes use x / 127.5 - 1"),
         upstream.sigma_data_finding(std, recipe.noise_range),
         history.memory_finding(knobs.average_decay, knobs.steps),
     )

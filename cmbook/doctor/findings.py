@@ -31,7 +31,9 @@ _PICTURES = "Look at the data: cmbook data check PATH --sheet sheet.png"
 NORMS = {
     "data constant": Norm("share of samples of one flat color: 0", _PICTURES),
     "data copies": Norm("share that is nearly the same as another: 0", _PICTURES),
-    "data range": Norm("largest number: 1, as noise levels expect", "For bytes use x / 127.5 - 1"),
+    "data range": Norm(
+        "largest number: 1, as noise levels expect", "Scale them to [-1, 1]; files, to 0 to 255"
+    ),
     "data layout": Norm("correlation of neighboring pixels: above 0.2", _PICTURES),
     "data channels": Norm("largest over smallest std of a channel: 1 to 2", "Scale them alike"),
     "data scales": Norm(
@@ -58,7 +60,7 @@ NORMS = {
     "sigma_data": Norm("over the data's std: 1"),
     "sigma_max": Norm("over the data's std: 10 or more, where they drown"),
     "sigma_max high": Norm("over the data's std: below 1500", "", "suspicion"),
-    "sigma_min": Norm("over the data's std: below 0.03", "Set noise_range.sigma_min=0.002"),
+    "sigma_min": Norm("over the data's std: below 0.03"),
     "finite": Norm("numbers that are NaN or infinite: 0", _LOWER),
     "dress": Norm("0: the scalings suit the objective", 'Set scalings = { kind = "EDMScalings" }'),
     "boundary": Norm(
@@ -89,7 +91,8 @@ NORMS = {
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",
-        "Check requires_grad, the optimizer's parameters, and that the loss is not detached",
+        "Check requires_grad, the optimizer's parameters, that the loss is not detached, and that "
+        "weights from elsewhere were all loaded",
     ),
     "step size": Norm("a step of Adam over a weight: 0.001 to 0.1", _LOWER, "suspicion"),
     "moved": Norm(
@@ -106,7 +109,9 @@ NORMS = {
         "on fresh noise and samples, over that in the log: 0.75 to 1.3",
         "Draw both anew in every step: look at loader, seed of the generator, and loss",
     ),
-    "gradient again": Norm("the recipe's, computed anew, over that in the log: 0.4 to 2.5"),
+    "gradient again": Norm(
+        "the recipe's, computed anew, over that in the log: 0.5 to 1.8; bad from 2.5"
+    ),
     "optimizer steps": Norm(
         "share of the steps that it has counted: 1", "Make it once, before the loop", "suspicion"
     ),
@@ -133,7 +138,7 @@ NORMS = {
     "rate again": Norm(
         "the log's over the recipe's: 1", "Look at what else sets the optimizer's", "suspicion"
     ),
-    "dropout": Norm("share that is dropped: 0 to 0.5", "Lower it", "suspicion"),
+    "dropout": Norm("share that is dropped: 0 to 0.4", "Lower it", "suspicion"),
     "hears sigma": Norm(
         "change of the network's answer with sigma: 0.1 to 1",
         "Check the time embedding, and that c_noise reaches the network",

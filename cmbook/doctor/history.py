@@ -50,7 +50,7 @@ def progress(p: Patient) -> Iterator[Finding]:
         (getattr(p.recipe.network, name, 0.0) for name in ("dropout", "label_dropout")), default=0.0
     )
     cause = f"dropout {dropped:g} leaves little to learn from"
-    yield found("dropout", dropped, over(dropped, 0.5), cause)
+    yield found("dropout", dropped, over(dropped, 0.4), cause)
     warming = p.recipe.training.warmup / steps
     cause = f"the rate warms up for {p.recipe.training.warmup} of {steps} steps: it never stays up"
     yield found("warm-up", warming, over(warming, 0.5), cause)
@@ -80,9 +80,9 @@ def moved(p: Patient) -> Iterator[Finding]:
     else:
         still = sum(w.numel() for name, w in now.items() if bool((w == first[name]).all()))
         share = still / sum(w.numel() for w in now.values())
-        cause = f"{share:.0%} of the student's weights are frozen: they are as they began"
+        cause = f"{share:.0%} of the weights are frozen: they are as they began"
         if share == 1:
-            cause = "the student is frozen: it never learned, its weights are those it began with"
+            cause = "the student is frozen: it never learned, all weights are as they began"
         yield found("frozen weights", share, over(share, 0.0, 0.2), cause)
         way = _apart(now, first) / max(_norm(first), 1e-12)
     clip = "" if knobs.clip is None else f", or training.clip = {knobs.clip:g} leaves nothing"
@@ -240,8 +240,8 @@ def gradients(p: Patient) -> Iterator[Finding]:
                 "though its loss is right: gradients add up from step to step, or are scaled"
             )
             remedy = "Call optimizer.zero_grad() in every step; look at the loop"
-    bad: Verdict = "well" if 0.4 < ratio < 2.5 else "ill"
-    yield found("gradient again", ratio, bad, cause, remedy)
+    bad: Verdict = "well" if 0.5 < ratio < 1.8 else "look"
+    yield found("gradient again", ratio, bad if 0.4 < ratio < 2.5 else "ill", cause, remedy)
 
 
 def optimizer(p: Patient) -> Iterator[Finding]:

@@ -45,10 +45,11 @@ def data_range(p: Patient) -> Iterator[Finding]:
     if largest > (1.2 if image else 3.0):
         where = "[0, 255]" if low >= 0 and largest > 20 else f"[{low:.3g}, {high:.3g}]"
     elif image and low > -1e-3 and high > 0:
-        where = "[0, 1]"
+        where = f"[0, {high:.3g}]"
     elif image and high < 1e-3 and low < 0:
-        where = "[-1, 0]"
-    cause, remedy = f"the data lie in {where}, not in [-1, 1]", ""
+        where = f"[{low:.3g}, {high:.3g}]"
+    cause = f"the data lie in {where}, not in [-1, 1]"
+    remedy = "For bytes use x / 127.5 - 1" if where == "[0, 255]" else ""
     rows = x.flatten(1).abs().amax(1)
     usual = float(rows.double().quantile(0.97))
     if usual < largest / 4:
@@ -185,7 +186,8 @@ def noise_range(p: Patient) -> Iterator[Finding]:
     remedy = f"Set noise_range.sigma_max={20 * p.std:.2g} or more"
     yield found("sigma_max", top, under(top, 10, 4), cause, remedy)
     cause = f"sigma_min = {p.range.sigma_min:g} is too large: samples keep that much noise"
-    yield found("sigma_min", low, over(low, 0.03, 0.1), cause)
+    remedy = f"Set noise_range.sigma_min={0.004 * p.std:.1g}"
+    yield found("sigma_min", low, over(low, 0.03, 0.1), cause, remedy)
 
 
 def finite(p: Patient) -> Iterator[Finding]:
