@@ -4,10 +4,9 @@
     python benchmarks/overhead.py --only toy
 
 Steps: a run with its log, bar, norms, checks and generators, and a bare loop around the same
-objective, optimizer and average, take turns, a step each, so that both meet the same machine. A
-block of 50 steps gives a difference per step; their median is told, and where half of them lie.
-Saves: the state of the full ImageNet-64 network, by `checkpoints.save` and as raw bytes with an
-fsync to as many files, in turns. Writes benchmarks/results/overhead.json.
+objective, optimizer and average, take turns; each turn gives a difference per step, and the median
+is told. Saves: the state of the full ImageNet-64 network, by `checkpoints.save` and as raw bytes
+with an fsync to as many files, in turns. Writes benchmarks/results/overhead.json.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,78 +29,73 @@ from cmbook.experiment import Experiment, loads, recipe_text
 from cmbook.noise import seeded
 from cmbook.parameterization import ConsistencyScalings, Preconditioned
 from cmbook.protocols import Clock, Models
-from cmbook.runs import LOG_EVERY, initialized, run
+from cmbook.runs import initialized, run
 from cmbook.training import RAdam, State, blend, frozen_copy, frozen_view
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-CASES = {  # recipe, settings, steps
-    "toy": ("toy/ct", [], 4000),
-    "digits": ("digits/ct", ["training.batch_size=256"], 1000),
+CASES = {  # recipe, settings, steps of a turn, turns
+    "toy": ("toy/ct", [], 400, 7),
+    "digits": ("digits/ct", ["training.batch_size=256"], 60, 7),
 }
 
 
-def bare(recipe: Experiment) -> Iterator[None]:
-    """A loop written by hand, which stops after every step."""
+def bare(recipe: Experiment, steps: int) -> float:
+    """Seconds a step of a loop written by hand."""
     data, knobs = recipe.data.build(), recipe.training
     assert recipe.network is not None
     net = initialized(recipe.network, data.shape, data.classes, recipe.seed)
     student = Preconditioned(net, recipe.scalings).train()
     average, optimizer = frozen_copy(student).eval(), knobs.optimizer.build(student)
     models, batches = Models(student, frozen_view(student)), data.batches(knobs.batch_size, 0)
-    generator = seeded(0)
-    for k in range(knobs.steps):
-        clock = Clock(k, knobs.steps)
+    generator, began = seeded(0), 0.0
+    for k in range(steps):
+        if k == steps // 6:
+            began = time.perf_counter()
+        clock = Clock(k, steps)
         optimizer.param_groups[0]["lr"] = knobs.learning_rate(clock)
         optimizer.zero_grad()
         recipe.objective(models, next(batches), clock=clock, generator=generator).value.backward()
         optimizer.step()
         blend(average, student, knobs.average_decay)
-        yield
+    return (time.perf_counter() - began) / (steps - steps // 6)
 
 
-def in_turns(recipe: Experiment) -> list[tuple[float, float]]:
-    """Seconds of every step of the bare loop, and of the trainer's step before it."""
+def whole(recipe: Experiment, steps: int) -> float:
+    """Seconds a step of the trainer: of its bar, between two of its steps."""
     from tqdm import tqdm
 
-    other, update, pairs, since = bare(recipe), tqdm.update, [], [time.perf_counter()]
+    times: list[float] = []
+    update = tqdm.update
 
-    def after_a_step(bar: Any, n: int = 1) -> bool | None:
-        shown = update(bar, n)
-        trainer, began = time.perf_counter() - since[0], time.perf_counter()
-        next(other)
-        since[0] = time.perf_counter()
-        pairs.append((since[0] - began, trainer))
-        return shown
+    def timed(bar: Any, n: int = 1) -> bool | None:
+        times.append(time.perf_counter())
+        return update(bar, n)
 
-    tqdm.update = after_a_step  # type: ignore[method-assign]
+    tqdm.update = timed  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             run(recipe, Path(folder) / "run")
     finally:
         tqdm.update = update  # type: ignore[method-assign]
-    return pairs
+    first = steps // 6
+    return (times[-2] - times[first - 1]) / (steps - 1 - first)
 
 
 def steps_of(case: str) -> dict[str, Any]:
-    """Both loops, a step each. Every block has a row of the log; the save at the end is in none."""
-    name, settings, steps = CASES[case]
+    """Both loops in turns."""
+    name, settings, steps, turns = CASES[case]
     torch.set_num_threads(1)  # or two threads that wait for a busy core are what is measured
     settings = [*settings, f"training.steps={steps}", f"training.save_every={steps}"]
-    pairs = in_turns(loads(recipe_text(name), settings))
-    blocks = [
-        tuple(statistics.fmean(each) for each in zip(*pairs[i : i + LOG_EVERY], strict=True))
-        for i in range(LOG_EVERY // 2, steps - LOG_EVERY, LOG_EVERY)
-    ]
-    differences = [w - b for b, w in blocks]
-    low, _, high = statistics.quantiles(differences, n=4)
+    recipe = loads(recipe_text(name), settings)
+    bare(recipe, steps), whole(recipe, steps)  # both are warm then
+    pairs = [(bare(recipe, steps), whole(recipe, steps)) for _ in range(turns)]
     return {
         "recipe": name,
-        "bare loop, ms": 1000 * statistics.median(b for b, _ in blocks),
-        "trainer, ms": 1000 * statistics.median(w for _, w in blocks),
-        "overhead, µs a step": 1e6 * statistics.median(differences),
-        "half of the blocks, µs": [1e6 * low, 1e6 * high],
-        "ratio": statistics.median(w / b for b, w in blocks),
-        "blocks": len(blocks),
+        "bare loop, ms": 1000 * statistics.median(b for b, _ in pairs),
+        "trainer, ms": 1000 * statistics.median(w for _, w in pairs),
+        "overhead, µs a step": 1e6 * statistics.median(w - b for b, w in pairs),
+        "ratio": statistics.median(w / b for b, w in pairs),
+        "turns": [[round(1000 * b, 4), round(1000 * w, 4)] for b, w in pairs],
     }
 
 
