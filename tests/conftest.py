@@ -15,8 +15,11 @@ import torch
 from cmbook.noise import seeded
 from cmbook.oracle import Gaussian, GaussianMixture
 
-# A shell that puts the suite into the background has Ctrl-C ignored, which runs respect.
+# A shell that puts the suite into the background has Ctrl-C ignored, and nohup SIGHUP; runs respect
+# both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 GOLDEN = Path(__file__).parent / "golden"
 
