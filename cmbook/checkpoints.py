@@ -162,10 +162,13 @@ def read_moments(path: Path) -> dict[str, Any]:
     Source: ours.
     """
     try:
-        saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return dict(saved["optimizer"])
+        return dict(_state(path)["optimizer"])
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path}/state.pt cannot be read: {error!r}") from error
+
+
+def _state(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path / "state.pt", map_location="cpu", weights_only=True))
 
 
 def restore(path: Path, state: State) -> None:
@@ -180,7 +183,7 @@ def restore(path: Path, state: State) -> None:
     for name, model in _models(state).items():
         fill(model, read_weights(path, name), path)
     try:
-        saved: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        saved = _state(path)
         groups = zip(state.optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True)
         knobs = [{**ours, "params": theirs["params"]} for ours, theirs in groups]
         state.optimizer.load_state_dict({**saved["optimizer"], "param_groups": knobs})
