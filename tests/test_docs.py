@@ -256,14 +256,17 @@ def test_the_page_of_costs_lists_every_stored_figure_that_is_not_faster():
     for code in ("official", "diffusers"):
         ratio = small["ours"]["seconds"] / small[code]["seconds"]
         assert (ratio <= 1) or f"| {ratio:.2f} |" in slow
+    optimizers = []
     for name in ("small-cd", "small-ct", "full-cd", "full-ct"):
         found = measured(f"step-{name}")
         ours, theirs = found["ours"], found["reference"]
         whole = ours["whole step"] / theirs["whole step"]
         assert whole <= 1 or f"| {whole:.2f} |" in slow
         assert ours["averages"] < theirs["averages"]
-        assert 1.04 <= round(ours["optimizer"] / theirs["optimizer"], 2) <= 1.32
+        optimizers.append(ours["optimizer"] / theirs["optimizer"])
         assert round(ours["peak_gb"] / theirs["peak_gb"], 2) <= 1.02
+    said = f"| the optimizer alone | {min(optimizers):.2f} to {max(optimizers):.2f} |"
+    assert said in slow
 
 
 def test_the_estimate_of_memory_is_within_15_percent_of_what_was_measured():
