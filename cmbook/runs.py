@@ -249,7 +249,7 @@ def _carry_out(
     recipe = complete(recipe)
     data = recipe.data.build()
     teacher = _teacher(recipe, data)
-    student = _student(recipe, data, teacher).to(device)
+    student = untrained(recipe, data, teacher).to(device)
     knobs = recipe.training
     check_shards(knobs.batch_size, knobs.accumulation * processes.count)
     optimizer = knobs.optimizer.build(student)
@@ -566,7 +566,11 @@ def _guided(teacher: Preconditioned | None, scale: float) -> Denoiser | None:
     return teacher if teacher is None or scale == 1 else guided(teacher, scale)
 
 
-def _student(recipe: Experiment, data: Data, teacher: Preconditioned | None) -> Preconditioned:
+def untrained(recipe: Experiment, data: Data, teacher: Preconditioned | None) -> Preconditioned:
+    """The student before its first step.
+
+    Source: ours.
+    """
     assert recipe.network is not None  # Experiment has checked it, or `complete` has filled it in
     if teacher is not None:
         student = distilled(teacher, recipe.scalings)

@@ -8,7 +8,8 @@ What is upstream is named first: bad data explain a bad teacher, a bad teacher e
 student. Some findings are suspicions: they are the diagnosis only if there is a symptom as well.
 
 Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
-comes before training (`upstream`), training (`history`), and what the model says (`answers`).
+comes before training (`upstream`), training itself, taken anew (`replay`, by `loop` and `slips`),
+its traces (`history`), and what the model says (`answers`).
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from cmbook.data import Data
 from cmbook.doctor import answers, history, upstream
 from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
+from cmbook.doctor.replay import replay
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
 from cmbook.protocols import Clock
@@ -48,9 +50,10 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
-    *(upstream.data_labels, upstream.data_flip),
+    *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
     *(upstream.noise_range, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher, upstream.walk),
+    replay,
     *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
     *(history.optimizer, history.curves, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),

@@ -13,16 +13,16 @@ class Norm(NamedTuple):
     Attributes:
         normal: What healthy runs show, and why.
         remedy: What to do, where the finding does not say it better.
-        role: A `fault` is a diagnosis by itself. A `suspicion` is one beside a symptom. A
-            `symptom` is measured of what the model answers; one that is `late` is no fault yet in
-            a run that has hardly begun.
+        role: A `fault` is a diagnosis by itself. A `suspicion` is one beside a symptom. What
+            is `vague` is told after all faults that say more. A `symptom` is measured of what the
+            model answers; one that is `late` is no fault yet in a run that has hardly begun.
 
     Source: ours.
     """
 
     normal: str
     remedy: str = ""
-    role: Literal["fault", "suspicion", "symptom", "late"] = "fault"
+    role: Literal["fault", "suspicion", "vague", "symptom", "late"] = "fault"
 
 
 _LOWER = "Lower training.optimizer.lr, or set training.clip=1"
@@ -41,6 +41,15 @@ NORMS = {
     ),
     "data center": Norm(
         "distance of their mean from 0, over their std: below 1", "Subtract it", "suspicion"
+    ),
+    "data fixed": Norm("share of coordinates that never change: 0 to 0.5", "", "suspicion"),
+    "data piled up": Norm(
+        "share of points on their own bounds: 0", "Leave them as they are", "suspicion"
+    ),
+    "data blocks": Norm("equal neighboring pixels: below 0.2", _PICTURES, "suspicion"),
+    "data negatives": Norm("share of negatives of others: 0", _PICTURES),
+    "labels wrong": Norm(
+        "samples amid another class: below 0.05", "Check how labels were made", "suspicion"
     ),
     "class balance": Norm("effective share of the classes: 1", "Balance them, or leave them out"),
     "classes missing": Norm(
@@ -88,6 +97,10 @@ NORMS = {
     ),
     "grid": Norm("what the walk loses on its grid, over chance: below 0.3", "", "suspicion"),
     "precision": Norm("bits of a rounded answer", "Set training.precision=float32", "suspicion"),
+    "slip": Norm("difference to the log that one leaves: nothing is wrong that would explain it"),
+    "steps anew": Norm(
+        "loss and gradient of some steps, taken anew, off the log's: below 0.001", "", "vague"
+    ),
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",
@@ -255,8 +268,11 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
             return replace(f, verdict="look")
         return f
 
-    order = ("ill", "look", "well")
-    return tuple(sorted(map(judged, findings), key=lambda f: order.index(f.verdict)))
+    def rank(f: Finding) -> tuple[int, int]:
+        said = {"vague": 1, "symptom": 2, "late": 2}.get(f.norm.role, 0)
+        return ("ill", "look", "well").index(f.verdict), said if f.verdict == "ill" else 0
+
+    return tuple(sorted(map(judged, findings), key=rank))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,13 @@ def data_spread(p: Patient) -> Iterator[Finding]:
             f"the data lie around {float(x.mean()):.3g}, far from 0 for their std of {p.std:.3g}"
         )
         yield found("data center", center, over(center, 3), cause)
+        never = int((std < 1e-9 * p.std).sum())
+        cause = f"{never} of {len(std)} coordinates never change"
+        yield found("data fixed", never / len(std), over(never, 0), cause)
+        ends = ((x == x.amin(0)) | (x == x.amax(0))).any(1)
+        piled = float(ends.double().mean()) if len(x) >= 200 else 0.0
+        cause = f"{piled:.0%} of the data lie exactly on their bounds: they have been clamped"
+        yield found("data piled up", piled, over(piled, 0.05), cause)
         alike = float(std.max() / std[std > 0].min()) if bool(std.any()) else 1.0
         cause = f"coordinates have other scales: one varies {alike:.2g} times as much as another"
         yield found("data scales", alike, over(alike, 8), cause)
@@ -87,11 +94,33 @@ def data_layout(p: Patient) -> Iterator[Finding]:
     least = min(across, down)
     cause = "neighboring pixels have nothing in common: the data are noise or were reshaped wrongly"
     yield found("data layout", least, under(least, 0.1, 0.05), cause)
+    dead = float((x.std(0, correction=0) < 1e-3).double().mean())
+    cause = f"{dead:.0%} of the pixels are the same in all pictures: they have wide frames"
+    yield found("data fixed", dead, over(dead, 0.5), cause)
+    inner = x[..., 1:].abs() < 0.99 * float(x.abs().max())
+    pairs = (x[..., 1:] == x[..., :-1])[inner].double()
+    equal = float(pairs.mean()) if len(pairs) else 0.0
+    cause = (
+        f"{equal:.0%} of neighboring pixels are equal: the pictures are enlarged from small ones"
+    )
+    yield found("data blocks", equal, over(equal, 0.35), cause)
     if x.shape[1] > 1:
         each = x.std((0, 2, 3))
         ratio = float(each.max() / each.min().clamp(min=1e-12))
         cause = "the channels of the data have different scales"
         yield found("data channels", ratio, over(ratio, 4, 10), cause)
+
+
+def data_negatives(p: Patient) -> Iterator[Finding]:
+    """Samples that are negatives of others."""
+    x = p.seen.x[:1024].flatten(1).double()
+    if x.shape[1] < 16 or len(x) < 128 or not bool(x.isfinite().all()):
+        return
+    near, turned = (torch.cdist(each, x).fill_diagonal_(math.inf).amin(1) for each in (x, -x))
+    share = float((turned < 0.8 * near).double().mean())
+    mixed = share if share < 0.4 else 0.0  # half would be data that are their own negatives
+    cause = f"some samples, {mixed:.0%} or more, are negatives of the others"
+    yield found("data negatives", mixed, over(mixed, 0.01, 0.03), cause)
 
 
 def data_labels(p: Patient) -> Iterator[Finding]:
@@ -119,6 +148,12 @@ def data_labels(p: Patient) -> Iterator[Finding]:
     bad: Verdict = "ill" if agree < chance + 4 * noise and chance < 0.95 else "well"
     cause = "the labels are shuffled: neighbors share a class no more often than by chance"
     yield found("label meaning", agree / chance, bad, cause)
+    three = label[apart.topk(3, largest=False).indices]
+    sure = (three == three[:, :1]).all(1)
+    if float(sure.double().mean()) > 0.25:  # else neighbors say little of classes
+        wrong = float((three[sure, 0] != label[sure]).double().mean())
+        cause = f"about {wrong:.0%} of the labels are wrong: samples amid another class"
+        yield found("labels wrong", wrong, over(wrong, 0.08, 0.15), cause)
 
 
 def data_flip(p: Patient) -> Iterator[Finding]:

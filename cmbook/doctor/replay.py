@@ -1,0 +1,157 @@
+"""Steps of the run taken anew: they must give what the log says.
+
+Every step is a function of recipe, weights and step number, so the first rows of a log, and those
+after the last checkpoint but one, can be had again, to six digits on the same kind of machine. If
+they differ, something else was trained than the recipe says, whatever it was. Then the same steps
+are taken with one slip after the other that people make, and the slip that gives the same log is
+what happened.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import cmbook
+from cmbook import checkpoints
+from cmbook.doctor.findings import Finding, found, over
+from cmbook.doctor.loop import Loop, Row
+from cmbook.doctor.patient import Patient, Undone
+from cmbook.doctor.slips import later, scaled, slips
+from cmbook.losses import EDM
+
+ROWS = 2  # of the log, each time
+MOST = 1e12  # floating-point operations, of all steps: some seconds to a minute
+SAME = 1e-3  # relative: the same numbers, up to another order of sums
+ALIKE = 0.06  # the same but for the random numbers of some 50 steps
+
+
+class Span(NamedTuple):
+    """Rows of the log that can be had again.
+
+    Attributes:
+        start: The checkpoint that they follow, or `None`.
+        ends: The last step of each.
+        logged: What they say.
+    """
+
+    start: Path | None
+    ends: list[int]
+    logged: list[Row]
+
+    def off(self, loop: Loop, most: float = math.inf) -> float:
+        """The largest relative difference to what this loop gives; over `most`, any further one."""
+        off = 0.0
+        try:
+            for row, logged in zip(loop.rows(self.start, self.ends), self.logged, strict=True):
+                for a, b in zip(row, logged, strict=True):
+                    one = abs(a - b) / max(abs(b), 1e-30)
+                    off = max(off, one if math.isfinite(one) else math.inf)
+                if off > most:
+                    break
+        except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError):
+            return math.inf  # what cannot even be carried out was not
+        return off
+
+
+def replay(p: Patient) -> Iterator[Finding]:
+    """Whether steps that are taken anew have the loss and the gradient that the log says."""
+    spans = _spans(p)
+    each = [span.off(Loop(p)) for span in spans]
+    off, cause, remedy = max(each), "", ""
+    if not off < SAME:
+        first = next(i for i, one in enumerate(each) if not one < SAME)
+        slip, left = _slip(p, spans[first], each[first], late=first > 0)
+        if slip is not None:
+            again = "what" if left < SAME else f"within {left:.0%} what"
+            why = f"{slip.what}: with that slip, the steps taken anew give {again} the log says"
+            yield found("slip", left, "ill", why, slip.remedy)
+        cause = (
+            "what was trained is not what the recipe says: its steps, taken anew, have another "
+            f"loss or gradient, {min(off, 99):.1%} off the log's"
+        )
+        remedy = "Look at your loss, at the loop and at the loader"
+        if first > 0 and (path := spans[first].start) is not None:
+            cause = (
+                f"the weights in {path.name} are not those that the run left there, or something "
+                "changed meanwhile: the first steps are what the log says, those after it are not"
+            )
+            remedy = "Bring them back, or train anew"
+    yield found("steps anew", off, over(off, SAME, 10 * SAME), cause, remedy)
+
+
+def _spans(p: Patient) -> list[Span]:
+    record = p.run.record
+    if p.data is None:
+        raise Undone(p.missing)
+    if p.recipe.teacher is not None and p.teacher is None:
+        raise Undone(f"the teacher {p.recipe.teacher} is not at hand")
+    if p.data.sha256() != record.get("data_sha256"):
+        raise Undone("the data at hand are others")
+    elsewhere = record.get("cmbook") != cmbook.__version__ or record.get("changes")
+    if elsewhere or {record.get("device"), p.device} != {"cpu"}:
+        raise Undone("steps can be taken anew with the same version and settings, on a CPU")
+    saved = checkpoints.checkpoints(p.run.folder / "checkpoints")
+    starts: list[Path | None] = (
+        [None] if record.get("torch") == torch.__version__ else []
+    )  # as to the first weights
+    starts += [path for path in saved if _step(path) < p.run.step][-1:]
+    most = MOST / (_flops(p) * p.recipe.training.batch_size)
+    spans = [span for start in starts if (span := _span(p, start, most))]
+    if not spans:
+        raise Undone("its steps take too long here, or the log does not tell of them")
+    return spans
+
+
+def _span(p: Patient, start: Path | None, most: float) -> Span | None:
+    """The rows that follow a checkpoint, as far as that many steps reach."""
+    begin = 0 if start is None else _step(start)
+    rows = [row for row in p.rows if begin < row.get("step", 0) <= min(p.run.step, begin + most)]
+    ends = [int(row["step"]) for row in rows[:ROWS]]
+    logged = [
+        (row.get("loss", math.nan), row.get("gradient_norm", math.nan)) for row in rows[:ROWS]
+    ]
+    known = all(math.isfinite(number) for row in logged for number in row)
+    return Span(start, ends, logged) if ends and known else None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _flops(p: Patient) -> float:
+    """Of one sample in one step, about: forward, twice backward, and who else is asked."""
+    x = torch.zeros(1, *p.run.record["shape"])
+    label = torch.zeros(1, dtype=torch.int64) if p.classes else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        p.run.model(x, torch.ones(1), label)
+    asked = 1 if isinstance(p.recipe.objective, EDM) else 3 if p.recipe.teacher else 2
+    return max(1.0, float(counter.get_total_flops())) * (2 + asked)
+
+
+def _slip(p: Patient, span: Span, off: float, late: bool) -> tuple[Loop | None, float]:
+    """The slip that gives what the log says, if there is one, and what difference it leaves."""
+    tried = [*later(p)] if late else [*scaled(p, *_ratio(p, span)), *slips(p)]
+    scores = list[tuple[float, Loop]]()
+    for slip in tqdm(tried, "trying what may have gone wrong", leave=False, disable=None):
+        scores.append((span.off(slip, ALIKE), slip))
+        if scores[-1][0] < SAME:
+            break
+    scores.sort(key=lambda score: score[0])
+    (left, slip), second = scores[0], scores[1][0] if len(scores) > 1 else math.inf
+    alike = left < SAME or left < min(ALIKE, off / 3, 0.6 * second)
+    return (slip, left) if alike else (None, off)
+
+
+def _ratio(p: Patient, span: Span) -> Row:
+    """Of the log's first row to the same steps taken anew."""
+    try:
+        anew = next(Loop(p).rows(span.start, span.ends))
+    except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError):
+        return 1.0, 1.0
+    loss, norm = (b / a if a else 1.0 for a, b in zip(anew, span.logged[0], strict=True))
+    return loss, norm

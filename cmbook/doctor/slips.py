@@ -1,0 +1,437 @@
+"""Slips: what people get wrong in a loop or a loss, each of them a line or two of `loop.Loop`."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmbook.distances import L1, L2, PseudoHuber
+from cmbook.doctor.loop import Loop
+from cmbook.doctor.patient import Patient
+from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
+from cmbook.noise import add_noise, normal, seeded
+from cmbook.ode import SOLVERS
+from cmbook.parameterization import (
+    AnyScalings,
+    ConsistencyScalings,
+    EDMScalings,
+    Preconditioned,
+    VEScalings,
+    VPScalings,
+)
+from cmbook.protocols import Batch, Clock, Denoiser, Labels, Loss, Pair, PerSample, Samples
+from cmbook.training import frozen_view
+from cmbook.weights import WEIGHTS
+
+Slip = Callable[..., Loop]
+_LOADER, _LOOP, _LOSS = "Look at the loader", "Look at the loop", "Look at your loss"
+
+
+def slips(p: Patient) -> Iterator[Loop]:
+    """All that this recipe leaves room for, the likeliest first.
+
+    Source: ours.
+    """
+    slip, objective = partial(Loop, p), p.recipe.objective
+    pairs = isinstance(objective, ConsistencyDistillation | ConsistencyTraining)
+    yield from _pairs(p, slip) if pairs else ()
+    yield from _noise(p, slip) if pairs or isinstance(objective, EDM) else ()
+    yield from _answers(p, slip) if pairs or isinstance(objective, EDM) else ()
+    yield from _loop(p, slip)
+    yield from _loader(p, slip)
+
+
+def later(p: Patient) -> Iterator[Loop]:
+    """Those that do not show in the first steps.
+
+    Source: ours.
+    """
+    slip, objective = partial(Loop, p), p.recipe.objective
+
+    def still(loop: Loop, k: int) -> Any:
+        return Clock(0, p.recipe.training.steps)
+
+    yield slip("the clock stands still: every step is as the first", _LOOP, time=still)
+    if isinstance(objective, ConsistencyDistillation | ConsistencyTraining):
+        yield from _targets(p, slip)
+
+
+def scaled(p: Patient, loss: float, norm: float) -> Iterator[Loop]:
+    """A loss, or a gradient, that is as many times too large.
+
+    Source: ours.
+    """
+    if abs(loss - 1) > 0.001:
+
+        def times(loop: Loop, batch: Batch, generator: Any) -> Loss:
+            one = Loop.loss(loop, batch, generator)
+            return replace(one, value=loss * one.value)
+
+        what = f"the loss is {loss:.3g} times the recipe's"
+        yield Loop(p, what, "Take the mean over samples and coordinates", loss=times)
+    if abs(norm - 1) > 0.001:
+        what = f"the gradient is {norm:.3g} times the recipe's"
+        remedy = "Divide the loss of a shard by the number of shards; look at the loop"
+        yield Loop(p, what, remedy, descended=lambda loop, loss: norm * loss.value)
+
+
+def _loop(p: Patient, slip: Slip) -> Iterator[Loop]:
+    recipe, knobs = p.recipe, p.recipe.training
+    yield slip(
+        "gradients add up from step to step",
+        "Call optimizer.zero_grad() in every step",
+        zero=lambda loop: None,
+    )
+
+    def anew(loop: Loop) -> None:
+        Loop.zero(loop)
+        loop.optimizer.state.clear()
+
+    yield slip("the optimizer is made anew in every step", "Make it before the loop", zero=anew)
+    yield slip(
+        "every step draws the same noise again and again",
+        "Seed the generator once, or by the number of the step",
+        generator=lambda loop, *keys: seeded(0, device=p.device),
+    )
+    yield slip("the loss has the wrong sign", "Turn it", descended=lambda loop, loss: -loss.value)
+
+    def negative(loop: Loop, batch: Batch, generator: Any) -> Loss:
+        one = Loop.loss(loop, batch, generator)
+        return replace(one, value=-one.value)
+
+    yield slip("the loss has the wrong sign: it is negative", "Turn it", loss=negative)
+    yield slip(
+        "no weight moves: the student is frozen",
+        "Call optimizer.step() after the gradient is there",
+        rate=lambda loop, rate: 0.0,
+    )
+    yield slip(
+        "the optimizer was given a copy of the weights: the student is frozen",
+        "Give it the parameters of the model that the loss knows",
+        optimizer_of=lambda loop, student: knobs.optimizer.build(deepcopy(student)),
+    )
+    for factor in (0.01, 0.1, 0.5, 2.0, 10.0, 100.0):
+        what = f"the optimizer's learning rate is {factor:g} times the recipe's"
+        yield slip(what, _LOOP, rate=lambda loop, rate, f=factor: f * rate)
+    for decay in (0.01, 0.1, 1.0):
+        build = partial(torch.optim.AdamW, lr=knobs.optimizer.lr, weight_decay=decay)
+        what = f"the optimizer shrinks the weights, by a weight decay of {decay:g}"
+        yield slip(what, "Set it to 0", optimizer_of=lambda loop, s, b=build: b(s.parameters()))
+    for name in ("SGD", "Adam", "RAdam", "RMSprop"):
+        build = partial(getattr(torch.optim, name), lr=knobs.optimizer.lr)
+        yield slip(
+            f"the optimizer is {name}, with the defaults of PyTorch",
+            "Build it as training.optimizer says",
+            optimizer_of=lambda loop, s, b=build: b(s.parameters()),
+        )
+    for clip in (None, 0.01, 0.1, 1.0):
+        what = "the gradient is not clipped" if clip is None else f"gradients are clipped at {clip}"
+        yield slip(what, "Set training.clip", longest=lambda loop, _, at=clip: at)
+    if recipe.teacher is not None:
+        yield slip(
+            "the student does not begin as a copy of its teacher",
+            "Copy the teacher's network, as cmbook.training.distilled does",
+            untrained=lambda loop, recipe, data, teacher: Loop.untrained(loop, recipe, data, None),
+        )
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in p.run.model.modules()):
+
+        def evaluating(loop: Loop) -> None:
+            Loop.begin(loop)
+            loop.student.eval()
+
+        yield slip("the student is in eval mode: it drops nothing", _LOOP, begin=evaluating)
+
+
+def _loader(p: Patient, slip: Slip) -> Iterator[Loop]:
+    data, size, seed = p.data, p.recipe.training.batch_size, p.recipe.seed
+    assert data is not None
+    yield slip(
+        "every step sees the same samples again and again",
+        "Make the loader's iterator once, before the loop",
+        batch=lambda loop: next(data.batches(size, seed)),
+    )
+    shown: dict[str, Callable[[Tensor], Tensor]] = {
+        "in [0, 1] and not in [-1, 1]": lambda x: (x + 1) / 2,
+        "in [0, 255] and not in [-1, 1]": lambda x: 127.5 * (x + 1),
+        "as if they were in [0, 1], scaled to [-1, 1] a second time": lambda x: 2 * x - 1,
+        "scaled to a standard deviation of 1": lambda x: x / p.std,
+        "scaled to a standard deviation of 0.5": lambda x: x / (2 * p.std),
+        "without their mean": lambda x: x - p.seen.x.mean(0),
+        "half as large": lambda x: x / 2,
+        "twice as large": lambda x: 2 * x,
+        "as negatives": lambda x: -x,
+        "with noise of 0.1 in them": lambda x: x + 0.1 * normal(x, seeded("doctor", "grain")),
+    }
+    if p.seen.x.ndim == 4:
+        shown |= {
+            "mirrored": lambda x: x.flip(-1),
+            "upside down": lambda x: x.flip(-2),
+            "transposed": lambda x: x.transpose(-1, -2) if x.shape[-1] == x.shape[-2] else x,
+            "with their channels in the other order": lambda x: x.flip(1),
+        }
+    for how, change in shown.items():
+        yield slip(
+            f"samples are shown {how}",
+            _LOADER,
+            shown=lambda loop, x, label, f=change: Batch(f(x), label),
+        )
+    if not p.classes:
+        return
+    told: dict[str, Callable[[Tensor], Tensor]] = {
+        "all labels are 0": torch.zeros_like,
+        "labels belong to other samples": lambda label: label.roll(1),
+        "labels are one too high": lambda label: (label + 1) % p.classes,
+        "labels count backward": lambda label: p.classes - 1 - label,
+    }
+    for what, turn in told.items():
+        yield slip(what, _LOADER, shown=lambda loop, x, label, f=turn: Batch(x, f(label)))
+
+
+def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
+    yield slip(
+        "the noisy points are clamped to [-1, 1]",
+        "Clamp samples at the end, if at all; noisy points lie where they lie",
+        noisy=lambda loop, x0, z, sigma: add_noise(x0, z, sigma).clamp(-1, 1),
+    )
+    other: dict[str, Callable[[Tensor], Tensor]] = {
+        "half of the noise": lambda sigma: sigma / 2,
+        "twice the noise": lambda sigma: 2 * sigma,
+        "noise of variance sigma, not sigma squared,": lambda sigma: sigma.sqrt(),
+        "noise of deviation sigma squared, not sigma,": lambda sigma: sigma**2,
+        "noise scaled by sigma_data": lambda sigma: p.range.sigma_data * sigma,
+        "no noise": torch.zeros_like,
+    }
+    for what, change in other.items():
+        yield slip(
+            f"{what} is added",
+            "Add sigma times standard normal noise",
+            noisy=lambda loop, x0, z, sigma, f=change: add_noise(x0, z, f(sigma)),
+        )
+    yield slip(
+        "the data are shrunk while noise is added, as in a variance-preserving process",
+        "Add noise to the data as they are: here variance explodes",
+        noisy=lambda loop, x0, z, s: (
+            add_noise(x0, z, s) / (1 + s.square()).sqrt().view(-1, *[1] * (x0.ndim - 1))
+        ),
+    )
+    drawn: dict[str, Callable[[Tensor], Tensor]] = {
+        "uniform in [0, 1], and not normal": lambda z: torch.special.ndtr(z),
+        "uniform in [-1, 1], and not normal": lambda z: 2 * torch.special.ndtr(z) - 1,
+        "the same for all samples of a batch": lambda z: z[:1].expand_as(z),
+        "never negative": torch.Tensor.abs,
+        "clamped to [-1, 1]": lambda z: z.clamp(-1, 1),
+    }
+    if p.seen.x.ndim > 2:
+        drawn["the same in all pixels"] = lambda z: z[..., :1, :1].expand_as(z)
+        drawn["the same in all channels"] = lambda z: z[:, :1].expand_as(z)
+    for what, f in drawn.items():
+        yield slip(
+            f"the noise is {what}",
+            "Draw it with torch.randn, of the shape of the samples",
+            noise=lambda loop, z, f=f: f(z),
+        )
+    yield slip(
+        "all samples of a batch have the same noise level",
+        "Draw a level for each",
+        drawn=lambda loop, sigma: sigma[:1].expand_as(sigma),
+        neighbors=lambda loop, x0, g: tuple(
+            sigma[:1].expand_as(sigma) for sigma in Loop.neighbors(loop, x0, g)
+        ),
+    )
+    if not isinstance(p.recipe.objective, EDM):
+        return
+    low, high, law = p.range.sigma_min, p.range.sigma_max, p.recipe.objective.sigma_law
+    mean, std = law.mean, law.std
+    laws: dict[str, Callable[[Tensor], Tensor]] = {
+        f"are drawn uniformly between {low:g} and {high:g}": lambda u: low + (high - low) * u,
+        f"are drawn log-uniformly between {low:g} and {high:g}": lambda u: low * (high / low) ** u,
+        "are drawn evenly on the grid of sampling": lambda u: p.range.grid(1000).to(u)[
+            (999 * u).long()
+        ],
+        "are drawn uniformly between 0 and 1": lambda u: u,
+        "are powers of 10 and not of e": lambda u: 10 ** (mean + std * torch.special.ndtri(u)),
+        "have std where mean belongs": lambda u: (std + mean * torch.special.ndtri(u)).exp(),
+        "have the mean 0": lambda u: (std * torch.special.ndtri(u)).exp(),
+    }
+
+    def ranks(sigma: Tensor) -> Tensor:
+        """Uniform numbers, from the levels that were drawn."""
+        drawn: Tensor = torch.special.ndtr((sigma.double().log() - mean) / std)
+        return drawn.clamp(1e-7, 1 - 1e-7)
+
+    for what, f in laws.items():
+        yield slip(
+            f"noise levels {what}",
+            "Draw them as objective.sigma_law says",
+            drawn=lambda loop, sigma, f=f: f(ranks(sigma)).to(sigma),
+        )
+
+
+def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
+    recipe, objective, steps = p.recipe, p.recipe.objective, p.recipe.training.steps
+
+    def learns(loop: Loop, pair: Pair, x0: Samples, label: Labels | None) -> Samples:
+        return loop.dressed(loop.student)(pair.x_next, pair.sigma_next, label)
+
+    yield slip("the target is not detached: it learns, too", "Detach it", aim=learns)
+    yield slip(
+        "the student is asked for the data themselves, as a denoiser is",
+        "Its target is what the target network says of the cleaner point",
+        aim=lambda loop, pair, x0, label: x0,
+    )
+    yield from _targets(p, slip)
+    paired: dict[str, Callable[[Pair], Pair]] = {
+        "student and target are asked about each other's point": lambda pair: Pair(
+            pair.x_next, pair.sigma_next, pair.x, pair.sigma
+        ),
+        "the target is told the noise level of the student's point": lambda pair: pair._replace(
+            sigma_next=pair.sigma
+        ),
+        "the student is told the noise level of the target's point": lambda pair: pair._replace(
+            sigma=pair.sigma_next
+        ),
+        "student and target are asked about the same point": lambda pair: Pair(
+            pair.x, pair.sigma, pair.x, pair.sigma
+        ),
+        "points and noise levels of a pair are crossed": lambda pair: Pair(
+            pair.x, pair.sigma_next, pair.x_next, pair.sigma
+        ),
+    }
+    for what, change in paired.items():
+        yield slip(what, _LOSS, pair=lambda loop, pair, f=change: f(pair))
+    for far in (2, 3):
+
+        def skipping(loop: Loop, x0: Samples, g: Any, far: int = far) -> tuple[Tensor, Tensor]:
+            sigma, sigma_next = Loop.neighbors(loop, x0, g)
+            grid = p.range.grid(loop.levels()).to(sigma)
+            i = (grid - sigma_next[:, None]).abs().argmin(1)
+            return sigma, grid[(i + far - 1).clamp(max=len(grid) - 1)]
+
+        yield slip(f"a pair lies {far} levels apart, not one", _LOSS, neighbors=skipping)
+    if isinstance(objective, ConsistencyTraining):
+        last = objective.curriculum.levels_at(Clock(steps - 1, steps))
+        yield slip(
+            "the noise of the second point of a pair is drawn anew",
+            "Both lie on one line: use the same noise for them",
+            second=lambda loop, z, g: normal(z, g),
+        )
+        for n in sorted({last, 18, 40, 150, 1280}):
+            what = f"N is {n} from the beginning"
+            yield slip(what, "Let objective.curriculum say N", levels=lambda loop, n=n: n)
+        return
+    assert isinstance(objective, ConsistencyDistillation)
+    yield slip(
+        "the second point of a pair is not the teacher's step: it has the same noise",
+        "Let the teacher step from the noisier point",
+        onward=lambda loop, x0, z, x, sigma, sigma_next, *rest: loop.noisy(x0, z, sigma_next),
+    )
+    for name, solver in SOLVERS.items():
+        if name != objective.solver:
+            yield slip(f"the solver is {name}", _LOSS, solver=lambda loop, s=solver: s)
+
+    def away(model: Denoiser, x: Samples, sigma: PerSample, to: PerSample, label: Any) -> Samples:
+        return SOLVERS[objective.solver](model, x, sigma, 2 * sigma - to, label)
+
+    yield slip("the teacher steps toward more noise", _LOSS, solver=lambda loop: away)
+    if recipe.guidance != 1:
+        yield slip("the teacher is not guided", _LOSS, guide=lambda loop, teacher: teacher)
+    if p.classes:
+
+        def deaf(loop: Loop, teacher: Preconditioned) -> Denoiser:
+            return lambda x, sigma, label=None: Loop.guide(loop, teacher)(
+                x, sigma, torch.zeros_like(label)
+            )
+
+        yield slip("the teacher is told no labels", _LOSS, guide=deaf)
+
+    def itself(loop: Loop) -> None:
+        Loop.begin(loop)
+        loop.teacher = frozen_view(loop.student)
+
+    yield slip("the student steps, in place of its teacher", _LOSS, begin=itself)
+
+
+def _targets(p: Patient, slip: Slip) -> Iterator[Loop]:
+    if p.recipe.objective.target_decay(Clock(0, p.recipe.training.steps)) == 0:
+        return
+    anywhere = "Move it after every step, as cmbook.training.blend does"
+    yield slip("the target does not move: it is frozen", anywhere, follow=lambda loop: None)
+    yield slip("the target moves by mu, not by 1 - mu", anywhere, decay=lambda loop, mu: 1 - mu)
+
+    def follows(loop: Loop) -> None:
+        Loop.begin(loop)
+        loop.target = frozen_view(loop.student)
+
+    yield slip("the target is the student itself, not its average", anywhere, begin=follows)
+
+
+def _answers(p: Patient, slip: Slip) -> Iterator[Loop]:
+    objective, noise_range, real = p.recipe.objective, p.range, p.recipe.scalings
+    dresses: dict[str, Any] = {
+        f"is dressed in {kind.__name__}": kind(noise_range)
+        for kind in (EDMScalings, ConsistencyScalings, VEScalings, VPScalings)
+        if not isinstance(real, kind)
+    } | {
+        "is not told sigma": _but(real, c_noise=torch.zeros_like),
+        "is told sigma itself, not c_noise": _but(real, c_noise=lambda sigma: sigma),
+        "is told log sigma, not a quarter of it": _but(real, c_noise=torch.log),
+        "is dressed for sigma_data 1": type(real)(replace(noise_range, sigma_data=1.0)),
+        "is given x as it is, not c_in times x": _but(real, c_in=torch.ones_like),
+        "answers without c_skip": _but(real, c_skip=torch.zeros_like),
+        "answers without c_skip and c_out": _but(
+            real, c_skip=torch.zeros_like, c_out=torch.ones_like
+        ),
+    }
+    for what, scalings in dresses.items():
+
+        def dressed(loop: Loop, model: Denoiser, scalings: Any = scalings) -> Denoiser:
+            inner: Any = getattr(model, "__wrapped__", model)
+            other = Preconditioned(inner.net, scalings)
+            return other if inner is model else frozen_view(other)
+
+        yield slip(
+            f"the network {what}", "Call the model that the recipe's scalings make", dressed=dressed
+        )
+    for name, weight in WEIGHTS.items():
+        if name != objective.weight and not (isinstance(objective, EDM) and "gap" in name):
+            yield slip(
+                f"the weight is {name}",
+                f'Set objective.weight, or weigh as "{objective.weight}"',
+                weighted=lambda loop, a, b, w=weight: w(a, b, noise_range),
+            )
+    for distance in (L2(), L1(), PseudoHuber()):
+        if distance != objective.distance:
+            yield slip(
+                f"the distance is {type(distance).__name__}",
+                "Set objective.distance, or measure as it says",
+                distance=lambda loop, d=distance: d,
+            )
+    for factor in (0.5, 2.0):
+        yield slip(
+            f"answers count {factor:g} times in the loss",
+            _LOSS,
+            regressed=lambda loop, answer, *rest, f=factor: Loop.regressed(loop, f * answer, *rest),
+        )
+    if isinstance(objective, EDM):
+        truths: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+            "the noisy point": lambda x0, x, z: x,
+            "the noise": lambda x0, x, z: z,
+            "other samples of the batch": lambda x0, x, z: x0.roll(1, 0),
+        }
+        for what, truth in truths.items():
+            yield slip(
+                f"the model is asked for {what}, not for the clean sample",
+                _LOSS,
+                truth=lambda loop, x0, x, z, f=truth: f(x0, x, z),
+            )
+
+
+def _but(real: AnyScalings, **functions: Callable[[Tensor], Tensor]) -> Any:
+    """These scalings, but for some of the four functions."""
+    names = ("noise_range", "c_skip", "c_out", "c_in", "c_noise")
+    return SimpleNamespace(**{name: getattr(real, name) for name in names} | functions)
