@@ -24,7 +24,7 @@ from cmbook.data import Data
 from cmbook.doctor import answers, history, upstream
 from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
-from cmbook.doctor.replay import replay
+from cmbook.doctor.replay import steps_anew
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
 from cmbook.protocols import Clock
@@ -53,7 +53,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
     *(upstream.noise_range, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher, upstream.walk),
-    replay,
+    steps_anew,
     *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
     *(history.optimizer, history.curves, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),

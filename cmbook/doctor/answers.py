@@ -50,11 +50,10 @@ def told(p: Patient) -> Iterator[Finding]:
         return
     skill = p.skill(p.run.model, p.recipe)
     levels = skill.levels
-    scores = {
-        scale: sum(math.log(max(error, 1e-300)) for error in p.amiss(p.run.model, levels, scale))
-        / len(levels)
-        for scale in (0.25, 0.5, 1.0, 2.0, 4.0)
-    }
+    scores = {}
+    for noise in (0.25, 0.5, 1.0, 2.0, 4.0):
+        errors, _ = p.errors(p.run.model, p.asked, levels, noise=noise)
+        scores[noise] = sum(math.log(max(error, 1e-300)) for error in errors) / len(levels)
     best = min(scores, key=scores.__getitem__)
     if 0.5 < skill.slope < 2 or scores[best] > min(0.0, scores[1.0] - 0.1):
         best = 1.0  # its answers are means of what it sees, or no better with other noise

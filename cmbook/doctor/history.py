@@ -158,9 +158,7 @@ def repeats(p: Patient) -> Iterator[Finding]:
     logged = _last(p, "loss")
     if logged < 0:
         return
-    student = _filled(p.run.model, p.weights["student"])
-    target = _filled(p.run.model, p.weights["target"]) if "target" in p.weights else student
-    models = Models(student, target, p.walker if objective.needs_teacher else None)
+    models = _last_models(p)
     n, size = min(4 * p.count, len(p.seen.x)), p.recipe.training.batch_size
 
     def loss(part: slice) -> Tensor:
@@ -205,12 +203,9 @@ def gradients(p: Patient) -> Iterator[Finding]:
     if isinstance(objective, ProgressiveDistillation):
         return  # its teacher is the student of the round before
     logged = _last(p, "gradient_norm")
-    student = _filled(p.run.model, p.weights["student"]).requires_grad_().train()
-    target: Denoiser = frozen_view(student)
-    if "target" in p.weights:
-        target = _filled(p.run.model, p.weights["target"]).train()
-    models = Models(student, target, p.walker if objective.needs_teacher else None)
-    clock, parameters = Clock(max(0, step - 1), knobs.steps), [*student.parameters()]
+    models = _last_models(p, learning=True)
+    assert isinstance(models.student, Preconditioned)
+    clock, parameters = Clock(max(0, step - 1), knobs.steps), [*models.student.parameters()]
     n = min(8 * p.count if p.count > 64 else 16, len(p.seen.x))
     size, squares = min(knobs.batch_size, n // 4), []
     total: list[Tensor] = []
@@ -302,6 +297,15 @@ def grows(recipe: Experiment) -> bool:
         return False
     curriculum, steps = recipe.objective.curriculum, recipe.training.steps
     return curriculum.levels_at(Clock(0, steps)) < curriculum.levels_at(Clock(steps - 1, steps))
+
+
+def _last_models(p: Patient, learning: bool = False) -> Models:
+    """Those of the last step, in eval mode if nothing is learned."""
+    student = _filled(p.run.model, p.weights["student"]).train(learning).requires_grad_(learning)
+    target: Denoiser = frozen_view(student)
+    if "target" in p.weights:
+        target = _filled(p.run.model, p.weights["target"]).train(learning)
+    return Models(student, target, p.walker if p.recipe.objective.needs_teacher else None)
 
 
 def _last(p: Patient, column: str) -> float:

@@ -295,34 +295,30 @@ class Patient:
         return [min(pair) for pair in zip(linear, exact, strict=True)]
 
     def errors(
-        self, model: Denoiser, batch: Batch, levels: list[float], scale: float = 1.0
+        self,
+        model: Denoiser,
+        batch: Batch,
+        levels: list[float],
+        scale: float = 1.0,
+        noise: float = 1.0,
     ) -> tuple[list[float], list[float]]:
         r"""At every level: squared error over that of a denoiser that knows little, and slope.
 
         That denoiser knows mean and variance of each coordinate, $v\sigma^2/(v + \sigma^2)$, and
-        so it beats both trivial ones: x as it is, and the mean of the data.
+        so it beats both trivial ones: x as it is, and the mean of the data. The data may have
+        another scale, and the noise be that many times what the model is told.
         """
         v, mean = scale**2 * self.variances, batch.x.double().mean(0)
         errors, slopes = [], []
-        for sigma in levels:
-            answer = ask(model, noisy(batch.x, sigma), sigma, batch.label)
+        for told in levels:
+            sigma = noise * told
+            answer = ask(model, noisy(batch.x, sigma), told, batch.label)
             error = float((answer - batch.x).flatten(1).square().sum(1).mean())
             known = float((v * sigma**2 / (v + sigma**2)).sum())
             errors.append(error / max(known, 1e-300) if math.isfinite(error) else math.inf)
             said, truth = answer - mean, batch.x - mean
             slopes.append(float((said * truth).sum() / said.square().sum().clamp(min=1e-300)))
         return errors, slopes
-
-    def amiss(self, model: Denoiser, levels: list[float], noise: float) -> list[float]:
-        """Errors, over those of little knowledge, where the noise is not what the model is told."""
-        batch, v, errors = self.asked, self.variances, []
-        for sigma in levels:
-            real = noise * sigma
-            answer = ask(model, noisy(batch.x, real), sigma, batch.label)
-            error = float((answer - batch.x).flatten(1).square().sum(1).mean())
-            known = float((v * real**2 / (v + real**2)).sum())
-            errors.append(error / max(known, 1e-300) if math.isfinite(error) else math.inf)
-        return errors
 
     def dress(self, model: Preconditioned, skill: Skill) -> str | None:
         """If the same network does well in another dress, or on data in another range: which."""

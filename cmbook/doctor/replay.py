@@ -26,7 +26,8 @@ from cmbook.losses import EDM
 
 ROWS = 2  # of the log, each time
 MOST = 1e12  # floating-point operations, of all steps: some seconds to a minute
-SAME = 1e-3  # relative: the same numbers, up to another order of sums
+EXACT = 2e-5  # relative: the same numbers, up to another order of sums
+SAME = 1e-3  # the same on another processor
 ALIKE = 0.06  # the same but for the random numbers of some 50 steps
 
 
@@ -58,7 +59,7 @@ class Span(NamedTuple):
         return off
 
 
-def replay(p: Patient) -> Iterator[Finding]:
+def steps_anew(p: Patient) -> Iterator[Finding]:
     """Whether steps that are taken anew have the loss and the gradient that the log says."""
     spans = _spans(p)
     each = [span.off(Loop(p)) for span in spans]
@@ -139,11 +140,13 @@ def _slip(p: Patient, span: Span, off: float, late: bool) -> tuple[Loop | None, 
     scores = list[tuple[float, Loop]]()
     for slip in tqdm(tried, "trying what may have gone wrong", leave=False, disable=None):
         scores.append((span.off(slip, ALIKE), slip))
-        if scores[-1][0] < SAME:
+        if scores[-1][0] < EXACT:
             break
     scores.sort(key=lambda score: score[0])
+    if not scores:
+        return None, off
     (left, slip), second = scores[0], scores[1][0] if len(scores) > 1 else math.inf
-    alike = left < SAME or left < min(ALIKE, off / 3, 0.6 * second)
+    alike = left < EXACT or left < min(ALIKE, off / 3, 0.6 * second)
     return (slip, left) if alike else (None, off)
 
 

@@ -52,11 +52,8 @@ def later(p: Patient) -> Iterator[Loop]:
     Source: ours.
     """
     slip, objective = partial(Loop, p), p.recipe.objective
-
-    def still(loop: Loop, k: int) -> Any:
-        return Clock(0, p.recipe.training.steps)
-
-    yield slip("the clock stands still: every step is as the first", _LOOP, time=still)
+    if isinstance(objective, ConsistencyTraining):
+        yield from _curriculum(p, objective, slip)
     if isinstance(objective, ConsistencyDistillation | ConsistencyTraining):
         yield from _targets(p, slip)
 
@@ -118,20 +115,21 @@ def _loop(p: Patient, slip: Slip) -> Iterator[Loop]:
     for factor in (0.01, 0.1, 0.5, 2.0, 10.0, 100.0):
         what = f"the optimizer's learning rate is {factor:g} times the recipe's"
         yield slip(what, _LOOP, rate=lambda loop, rate, f=factor: f * rate)
-    for decay in (0.01, 0.1, 1.0):
+    for decay in (0.1, 1.0):
         build = partial(torch.optim.AdamW, lr=knobs.optimizer.lr, weight_decay=decay)
         what = f"the optimizer shrinks the weights, by a weight decay of {decay:g}"
         yield slip(what, "Set it to 0", optimizer_of=lambda loop, s, b=build: b(s.parameters()))
     for name in ("SGD", "Adam", "RAdam", "RMSprop"):
+        if name == type(knobs.optimizer).__name__ and knobs.optimizer.betas == (0.9, 0.999):
+            continue
         build = partial(getattr(torch.optim, name), lr=knobs.optimizer.lr)
         yield slip(
             f"the optimizer is {name}, with the defaults of PyTorch",
             "Build it as training.optimizer says",
             optimizer_of=lambda loop, s, b=build: b(s.parameters()),
         )
-    for clip in (None, 0.01, 0.1, 1.0):
-        what = "the gradient is not clipped" if clip is None else f"gradients are clipped at {clip}"
-        yield slip(what, "Set training.clip", longest=lambda loop, _, at=clip: at)
+    if knobs.clip is not None:
+        yield slip("the gradient is not clipped", "Set clip", longest=lambda loop, clip: None)
     if recipe.teacher is not None:
         yield slip(
             "the student does not begin as a copy of its teacher",
@@ -172,8 +170,9 @@ def _loader(p: Patient, slip: Slip) -> Iterator[Loop]:
             "mirrored": lambda x: x.flip(-1),
             "upside down": lambda x: x.flip(-2),
             "transposed": lambda x: x.transpose(-1, -2) if x.shape[-1] == x.shape[-2] else x,
-            "with their channels in the other order": lambda x: x.flip(1),
         }
+        if p.seen.x.shape[1] > 1:
+            shown["with their channels in the other order"] = lambda x: x.flip(1)
     for how, change in shown.items():
         yield slip(
             f"samples are shown {how}",
@@ -203,9 +202,11 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
         "twice the noise": lambda sigma: 2 * sigma,
         "noise of variance sigma, not sigma squared,": lambda sigma: sigma.sqrt(),
         "noise of deviation sigma squared, not sigma,": lambda sigma: sigma**2,
-        "noise scaled by sigma_data": lambda sigma: p.range.sigma_data * sigma,
+        "noise of sigma times sigma_data": lambda sigma: p.range.sigma_data * sigma,
         "no noise": torch.zeros_like,
     }
+    if p.range.sigma_data == 0.5:
+        del other["noise of sigma times sigma_data"]  # the half is there
     for what, change in other.items():
         yield slip(
             f"{what} is added",
@@ -228,6 +229,7 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
     }
     if p.seen.x.ndim > 2:
         drawn["the same in all pixels"] = lambda z: z[..., :1, :1].expand_as(z)
+    if p.seen.x.ndim == 4 and p.seen.x.shape[1] > 1:
         drawn["the same in all channels"] = lambda z: z[:, :1].expand_as(z)
     for what, f in drawn.items():
         yield slip(
@@ -273,7 +275,7 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
 
 
 def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
-    recipe, objective, steps = p.recipe, p.recipe.objective, p.recipe.training.steps
+    recipe, objective = p.recipe, p.recipe.objective
 
     def learns(loop: Loop, pair: Pair, x0: Samples, label: Labels | None) -> Samples:
         return loop.dressed(loop.student)(pair.x_next, pair.sigma_next, label)
@@ -314,15 +316,12 @@ def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
 
         yield slip(f"a pair lies {far} levels apart, not one", _LOSS, neighbors=skipping)
     if isinstance(objective, ConsistencyTraining):
-        last = objective.curriculum.levels_at(Clock(steps - 1, steps))
         yield slip(
             "the noise of the second point of a pair is drawn anew",
             "Both lie on one line: use the same noise for them",
             second=lambda loop, z, g: normal(z, g),
         )
-        for n in sorted({last, 18, 40, 150, 1280}):
-            what = f"N is {n} from the beginning"
-            yield slip(what, "Let objective.curriculum say N", levels=lambda loop, n=n: n)
+        yield from _curriculum(p, objective, slip)
         return
     assert isinstance(objective, ConsistencyDistillation)
     yield slip(
@@ -354,6 +353,19 @@ def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
         loop.teacher = frozen_view(loop.student)
 
     yield slip("the student steps, in place of its teacher", _LOSS, begin=itself)
+
+
+def _curriculum(p: Patient, objective: ConsistencyTraining, slip: Slip) -> Iterator[Loop]:
+    steps = p.recipe.training.steps
+    ends = [objective.curriculum.levels_at(Clock(k, steps)) for k in (0, steps - 1)]
+    for n in sorted({*ends, 18, 40, 150, 1280}):
+        what = f"N is {n} throughout"
+        yield slip(what, "Let objective.curriculum say N", levels=lambda loop, n=n: n)
+    yield slip(
+        "the clock stands still: every step is as the first",
+        "Count the steps",
+        time=lambda loop, k: Clock(0, steps),
+    )
 
 
 def _targets(p: Patient, slip: Slip) -> Iterator[Loop]:
