@@ -25,6 +25,7 @@ from cmbook.doctor import answers, history, upstream
 from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
 from cmbook.doctor.replay import steps_anew
+from cmbook.doctor.usual import settings
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
 from cmbook.protocols import Clock
@@ -51,7 +52,7 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
     *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
-    *(upstream.noise_range, upstream.finite, upstream.boundary),
+    *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher, upstream.walk),
     steps_anew,
     *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
@@ -59,7 +60,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),
     *(answers.hears_sigma, answers.copies, answers.labels, answers.denoises, answers.walk),
     *(answers.variety, answers.inside, answers.modes, answers.follows, answers.tangents),
-    answers.loss_by_sigma,
+    *(answers.agrees, answers.loss_by_sigma),
 )
 
 
@@ -98,6 +99,8 @@ def examine(
     patient = admit(made, data, device)
     findings, skipped = list[Finding](), dict[str, str]()
     for check in CHECKS if with_teacher else [c for c in CHECKS if c is not teacher_itself]:
+        if check in (history.repeats, history.gradients) and _known(findings):
+            continue  # they would say the same, less exactly
         try:
             findings += check(patient)
         except Undone as why:
@@ -107,6 +110,12 @@ def examine(
             skipped[check.__name__.replace("_", " ")] = f"it failed: {error}".splitlines()[0]
     notes = tuple(_notes(patient.recipe))
     return Diagnosis(ranked(findings, patient.early), skipped, notes)
+
+
+def _known(findings: list[Finding]) -> bool:
+    """Whether steps were taken anew, and either nothing was wrong or it is known what."""
+    said = {finding.check: finding.verdict for finding in findings}
+    return "slip" in said or said.get("steps anew") == "well"
 
 
 def _notes(recipe: Experiment) -> Iterator[str]:

@@ -46,7 +46,16 @@ NORMS = {
     "data piled up": Norm(
         "share of points on their own bounds: 0", "Leave them as they are", "suspicion"
     ),
-    "data blocks": Norm("equal neighboring pixels: below 0.2", _PICTURES, "suspicion"),
+    "data pixels": Norm(
+        "share of pixels unlike all their neighbors: 0 to 0.002",
+        "Scale before you cast to bytes, and to 255 at most",
+        "suspicion",
+    ),
+    "data mixed": Norm("share of pictures in another range: 0", _PICTURES, "suspicion"),
+    "data rounded": Norm(
+        "different values of a coordinate, over samples: 1", "Leave them as they are", "suspicion"
+    ),
+    "data blocks": Norm("columns that always equal the next: 0", _PICTURES, "suspicion"),
     "data negatives": Norm("share of negatives of others: 0", _PICTURES),
     "labels wrong": Norm(
         "samples amid another class: below 0.05", "Check how labels were made", "suspicion"
@@ -69,6 +78,8 @@ NORMS = {
     "sigma_data": Norm("over the data's std: 1"),
     "sigma_max": Norm("over the data's std: 10 or more, where they drown"),
     "sigma_max high": Norm("over the data's std: below 1500", "", "suspicion"),
+    "rho": Norm("of the grid: 7, or 3 to 20", "Set noise_range.rho=7", "suspicion"),
+    "settings": Norm("how many no published recipe comes near: 0", "Look at them", "vague"),
     "sigma_min": Norm("over the data's std: below 0.03"),
     "finite": Norm("numbers that are NaN or infinite: 0", _LOWER),
     "dress": Norm("0: the scalings suit the objective", 'Set scalings = { kind = "EDMScalings" }'),
@@ -85,7 +96,7 @@ NORMS = {
     "first levels": Norm(
         "N at the start: 2 to 160", "Begin with 10, as objective.curriculum can", "suspicion"
     ),
-    "top": Norm("error at sigma_max over that of the mean: 1; bad from 2"),
+    "top": Norm("error at sigma_max over that of the mean: 1", "", "vague"),
     "guidance": Norm("1, which is none, or more", "Set guidance=1"),
     "itself": Norm("faults that the teacher itself shows: 0"),
     "kind": Norm("0: it is a diffusion model", "", "suspicion"),
@@ -151,7 +162,7 @@ NORMS = {
     "rate again": Norm(
         "the log's over the recipe's: 1", "Look at what else sets the optimizer's", "suspicion"
     ),
-    "dropout": Norm("share that is dropped: 0 to 0.4", "Lower it", "suspicion"),
+    "dropout": Norm("share that is dropped: 0 to 0.3", "Lower it", "suspicion"),
     "hears sigma": Norm(
         "change of the network's answer with sigma: 0.1 to 1",
         "Check the time embedding, and that c_noise reaches the network",
@@ -183,6 +194,11 @@ NORMS = {
     "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
     "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
+    "agreement": Norm(
+        "difference of answers at sigma_max and at half of it, over the data's std: below 0.1",
+        LONGER,
+        "late",
+    ),
     "tangent": Norm("answer's change as sigma doubles, over the data: below 2", _LOWER, "symptom"),
     "loss by sigma": Norm(
         "largest share of an eighth of the levels: below 0.8",
@@ -215,7 +231,7 @@ class Finding:
     def norm(self) -> Norm:
         """What is normal. A teacher is upstream: its symptoms are faults."""
         norm = NORMS[self.check.removeprefix("teacher ")]
-        fault = self.check.startswith("teacher ") and norm.role != "suspicion"
+        fault = self.check.startswith("teacher ") and norm.role not in ("suspicion", "vague")
         return norm._replace(role="fault") if fault else norm
 
 
@@ -262,7 +278,7 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
     sick = any(f.verdict == "ill" and f.norm.role in ("symptom", "late") for f in findings)
 
     def judged(f: Finding) -> Finding:
-        if sick and f.verdict == "look" and f.norm.role == "suspicion":
+        if sick and f.verdict == "look" and f.norm.role in ("suspicion", "vague"):
             return replace(f, verdict="ill")
         if early and f.verdict == "ill" and f.norm.role == "late":
             return replace(f, verdict="look")

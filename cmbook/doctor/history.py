@@ -50,7 +50,7 @@ def progress(p: Patient) -> Iterator[Finding]:
         (getattr(p.recipe.network, name, 0.0) for name in ("dropout", "label_dropout")), default=0.0
     )
     cause = f"dropout {dropped:g} leaves little to learn from"
-    yield found("dropout", dropped, over(dropped, 0.4), cause)
+    yield found("dropout", dropped, over(dropped, 0.3), cause)
     warming = p.recipe.training.warmup / steps
     cause = f"the rate warms up for {p.recipe.training.warmup} of {steps} steps: it never stays up"
     yield found("warm-up", warming, over(warming, 0.5), cause)
@@ -158,7 +158,7 @@ def repeats(p: Patient) -> Iterator[Finding]:
     logged = _last(p, "loss")
     if logged < 0:
         return
-    models = _last_models(p)
+    models = _last_models(p)  # in train mode, as the log's loss was taken: dropout costs
     n, size = min(4 * p.count, len(p.seen.x)), p.recipe.training.batch_size
 
     def loss(part: slice) -> Tensor:
@@ -203,7 +203,7 @@ def gradients(p: Patient) -> Iterator[Finding]:
     if isinstance(objective, ProgressiveDistillation):
         return  # its teacher is the student of the round before
     logged = _last(p, "gradient_norm")
-    models = _last_models(p, learning=True)
+    models = _last_models(p)
     assert isinstance(models.student, Preconditioned)
     clock, parameters = Clock(max(0, step - 1), knobs.steps), [*models.student.parameters()]
     n = min(8 * p.count if p.count > 64 else 16, len(p.seen.x))
@@ -299,12 +299,12 @@ def grows(recipe: Experiment) -> bool:
     return curriculum.levels_at(Clock(0, steps)) < curriculum.levels_at(Clock(steps - 1, steps))
 
 
-def _last_models(p: Patient, learning: bool = False) -> Models:
-    """Those of the last step, in eval mode if nothing is learned."""
-    student = _filled(p.run.model, p.weights["student"]).train(learning).requires_grad_(learning)
+def _last_models(p: Patient) -> Models:
+    """Those of the last step, in train mode."""
+    student = _filled(p.run.model, p.weights["student"]).requires_grad_().train()
     target: Denoiser = frozen_view(student)
     if "target" in p.weights:
-        target = _filled(p.run.model, p.weights["target"]).train(learning)
+        target = _filled(p.run.model, p.weights["target"]).train()
     return Models(student, target, p.walker if p.recipe.objective.needs_teacher else None)
 
 

@@ -73,7 +73,7 @@ def steps_anew(p: Patient) -> Iterator[Finding]:
             yield found("slip", left, "ill", why, slip.remedy)
         cause = (
             "what was trained is not what the recipe says: its steps, taken anew, have another "
-            f"loss or gradient, {min(off, 99):.1%} off the log's"
+            f"loss or gradient, {f'{off:.1%} off' if off < 1 else 'far from'} the log's"
         )
         remedy = "Look at your loss, at the loop and at the loader"
         if first > 0 and (path := spans[first].start) is not None:

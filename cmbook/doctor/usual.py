@@ -1,0 +1,72 @@
+"""Settings that no published recipe comes near."""
+
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from cmbook import experiment
+from cmbook.doctor.findings import Finding, found, over
+from cmbook.doctor.patient import Patient
+from cmbook.experiment import Experiment
+
+FAR = 6.0  # times what published recipes have, or a fraction of it
+# Of others it matters little what was taken, or another check measures what they do.
+_JUDGED = (
+    *("objective.weight", "objective.distance.c", "objective.curriculum.", "objective.decay"),
+    *("objective.sigma_law.", "noise_range.sigma_min", "noise_range.sigma_max"),
+    "training.optimizer.lr",
+)
+_NEAR_ONE = ("decay", "start_decay")
+
+
+def settings(p: Patient) -> Iterator[Finding]:
+    """Which settings are far from those of all recipes with this objective."""
+    usual, odd = _usual(type(p.recipe.objective).__name__), list[str]()
+    if not usual:
+        return  # a method from outside
+    for name, value in _flat(p.recipe).items():
+        if (known := usual.get(name)) and not _comes_near(name, value, known):
+            these = ", ".join(map(str, sorted(known, key=str)[:6]))
+            odd.append(f"{name} = {value} (published recipes: {these})")
+    cause = f"unusual settings: {'; '.join(odd)}"
+    yield found("settings", len(odd), over(len(odd), 0), cause)
+
+
+def _comes_near(name: str, value: Any, known: set[Any]) -> bool:
+    """Whether a published recipe has the same, or a number that is about as large."""
+    numbers = [each for each in known if isinstance(each, int | float)]
+    if value in known or isinstance(value, str) or not numbers:
+        return value in known
+    if name.split(".")[-1] in _NEAR_ONE:
+        value, numbers = 1 - value, [1 - each for each in numbers]
+    if min(numbers) < 0 or value < 0:  # a logarithm
+        return bool(min(numbers) - 1 <= value <= max(numbers) + 1)
+    return bool(min(numbers) / FAR <= value <= max(numbers) * FAR)
+
+
+@cache
+def _usual(kind: str) -> dict[str, set[Any]]:
+    """The values that the recipes of an objective have, by the names of settings."""
+    values = defaultdict[str, set[Any]](set)
+    for name in experiment.recipes():
+        recipe = experiment.loads(experiment.recipe_text(name))
+        if type(recipe.objective).__name__ == kind:
+            for setting, value in _flat(recipe).items():
+                values[setting].add(value)
+    return dict(values)
+
+
+def _flat(recipe: Experiment) -> dict[str, Any]:
+    """Its settings that are judged, by their dotted names."""
+
+    def walk(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from walk(value, f"{name}.")
+            elif name.startswith(_JUDGED) and not name.endswith(".kind"):
+                yield name, value
+
+    return dict(walk(tomllib.loads(experiment.dumps(recipe)), ""))
