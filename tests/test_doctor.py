@@ -409,6 +409,11 @@ ODD = {  # that need not be a fault
         taught(trains(RING, steps=2, precision="bfloat16", average_decay=0.0)),
         "answers are rounded to 8 bits",
     ),
+    "weight": Case(
+        replace(BRIEF, objective=replace(CT, weight="karras"), scalings=ConsistencyScalings()),
+        "unusual settings: objective.weight = karras .published recipes: inverse_gap, uniform",
+    ),
+    "rho": Case(ranged(BRIEF, rho=1.0), "rho = 1 is unusual: .* among the largest"),
     "center": Case(BRIEF, "the data lie around 1.5, far from 0", points_as([0.3, 0.3], 1.5)),
     "scales": Case(BRIEF, "coordinates have other scales", points_as([1.0, 0.01], 0.0)),
     "first levels": Case(
@@ -569,8 +574,9 @@ def test_a_method_from_outside_is_no_fault(clinic):
 def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
     seen = {f.check.removeprefix("teacher ") for n in CASES for f in clinic.diagnosis(n).findings}
     assert seen <= set(doctor.NORMS)
-    # The digits are gray, not read from files, and nobody is guided.
-    assert set(doctor.NORMS) - seen <= {"data channels", "walk variety", "flip"}
+    # The digits are gray, not read from files, and nobody is guided. Steps are taken anew.
+    apart = {"data channels", "walk variety", "flip", "loss again", "gradient again"}
+    assert set(doctor.NORMS) - seen <= apart
 
 
 def test_what_is_not_at_hand_is_listed_apart(clinic, tmp_path):
@@ -616,9 +622,22 @@ def enlarged(x, label):
     return TensorData(F.interpolate(small, scale_factor=2.0, mode="nearest"), label)
 
 
+def overflowing(x, label):
+    """Sixteen grays times 16, cast to bytes: 256 is 0."""
+    return TensorData(((x + 1) * 8 * 16 % 256) / 127.5 - 1, label)
+
+
+def half_scaled(x, label):
+    x = x.clone()
+    x[::5] = (x[::5] + 1) / 2
+    return TensorData(x, label)
+
+
 @pytest.mark.parametrize(
     ("check", "spoil", "cause"),
     [
+        ("data pixels", overflowing, "unlike all their neighbors: bytes overflow"),
+        ("data mixed", half_scaled, "2.% of the pictures lie in .0, 1., the others in"),
         ("labels wrong", some_wrong, "about 2.% of the labels are wrong"),
         ("data negatives", some_negative, "are negatives of the others"),
         ("data fixed", framed, "7.% of the pixels are the same in all pictures"),
@@ -642,6 +661,8 @@ def test_points_that_were_clamped_are_told(clinic):
     assert "lie exactly on their bounds: they have been clamped" in told.cause
     fixed = doctor.examine(clinic.folder("edm"), data=TensorData(moons * torch.tensor([1.0, 0.0])))
     assert "1 of 2 coordinates never change" in str(fixed)
+    rounded = doctor.examine(clinic.folder("edm"), data=TensorData((moons * 20).round() / 20))
+    assert "they have few different values" in str(rounded)
 
 
 def test_nothing_is_written(clinic):

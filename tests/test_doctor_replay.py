@@ -192,6 +192,13 @@ def test_weights_that_were_changed_afterwards_are_noticed(folder, tmp_path):
     assert "the weights in step-00000100 are not those that the run left there" in told.cause
 
 
+@pytest.mark.parametrize("name", ["edm", "guided cd"])
+def test_a_loss_is_taken_anew_as_it_was_taken(patient, name):
+    """With the dropout of labels: without it the loss would be another one."""
+    (again,) = doctor.history.repeats(patient(name))
+    assert 0.75 < again.measured < 1.3
+
+
 # ── where it cannot be ──
 
 

@@ -528,6 +528,14 @@ def test_steps_that_are_taken_are_not_taken_back(copied, steps):
     assert {**files(copied), ".lock": b""} == {**before, ".lock": b""}
 
 
+def test_an_average_cannot_begin_in_the_middle(copied):
+    longer = replace(CT_RUN, training=replace(TRAINING, steps=60, also_average=(0.25,)))
+    before = files(copied)
+    with pytest.raises(ValueError, match=r"an average of decay 0\.25 cannot begin at step 6"):
+        make(longer, copied, resume=True, changed=True)
+    assert {**files(copied), ".lock": b""} == {**before, ".lock": b""}
+
+
 def test_changed_alone_is_refused(tmp_path):
     for knobs in ({}, {"overwrite": True}):
         with pytest.raises(ValueError, match="--changed goes on with a run that is there"):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmbook.distances import L1, L2, PseudoHuber
+from cmbook.data import TensorData
+from cmbook.distances import L1, L2, Norm, PseudoHuber
 from cmbook.doctor.loop import Loop
 from cmbook.doctor.patient import Patient
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
@@ -153,6 +154,20 @@ def _loader(p: Patient, slip: Slip) -> Iterator[Loop]:
         "Make the loader's iterator once, before the loop",
         batch=lambda loop: next(data.batches(size, seed)),
     )
+    if isinstance(data, TensorData):
+
+        def in_order(loop: Loop) -> Batch:
+            which = (torch.arange(size) + loop.clock.step * size) % len(data.x)
+            return Batch(data.x[which], None if data.label is None else data.label[which])
+
+        yield slip("samples come in the order of the file", "Shuffle them", batch=in_order)
+    yield slip(
+        "half of every batch is lost",
+        _LOADER,
+        shown=lambda loop, x, label: Batch(
+            x[: len(x) // 2], None if label is None else label[: len(x) // 2]
+        ),
+    )
     shown: dict[str, Callable[[Tensor], Tensor]] = {
         "in [0, 1] and not in [-1, 1]": lambda x: (x + 1) / 2,
         "in [0, 255] and not in [-1, 1]": lambda x: 127.5 * (x + 1),
@@ -201,6 +216,7 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
     other: dict[str, Callable[[Tensor], Tensor]] = {
         "half of the noise": lambda sigma: sigma / 2,
         "twice the noise": lambda sigma: 2 * sigma,
+        "noise a second time": lambda sigma: 2**0.5 * sigma,
         "noise of variance sigma, not sigma squared,": lambda sigma: sigma.sqrt(),
         "noise of deviation sigma squared, not sigma,": lambda sigma: sigma**2,
         "noise of sigma times sigma_data": lambda sigma: p.range.sigma_data * sigma,
@@ -417,7 +433,12 @@ def _answers(p: Patient, slip: Slip) -> Iterator[Loop]:
                 f'Set objective.weight, or weigh as "{objective.weight}"',
                 weighted=lambda loop, a, b, w=weight: w(a, b, noise_range),
             )
-    for distance in (L2(), L1(), PseudoHuber()):
+    yield slip(
+        "the weight divides and does not multiply",
+        "Multiply by it",
+        weighted=lambda loop, a, b: 1 / Loop.weighted(loop, a, b),
+    )
+    for distance in (L2(), L1(), Norm(), PseudoHuber()):
         if distance != objective.distance:
             yield slip(
                 f"the distance is {type(distance).__name__}",
