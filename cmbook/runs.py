@@ -707,9 +707,9 @@ def _check_same(
             "choose another --out"
         )
     had = before.training.also_average
-    if new := [decay for decay in recipe.training.also_average if decay not in had]:
+    if begun := [decay for decay in recipe.training.also_average if decay not in had]:
         raise ValueError(
-            f"an average of decay {new[0]:g} cannot begin at step {step}: the checkpoint holds "
+            f"an average of decay {begun[0]:g} cannot begin at step {step}: the checkpoint holds "
             f"none. Leave training.also_average={list(had)} as it was, or train anew with --out"
         )
     what = {"data_sha256": "other data", "teacher_sha256": "another teacher"}
