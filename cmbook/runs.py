@@ -254,7 +254,7 @@ def _carry_out(
     check_shards(knobs.batch_size, knobs.accumulation * processes.count)
     optimizer = knobs.optimizer.build(student)
     state = State.begin(student, optimizer, recipe.objective, knobs.also_average)
-    inputs = processes.on_main(lambda: _inputs(data, teacher))
+    inputs = processes.on_main(lambda: inputs_of(data, teacher))
     if not recipe.objective.needs_teacher:
         teacher = None  # the student has begun as its copy, and no step asks it
     if not wish.resume:  # what is refused now leaves no folder
@@ -821,8 +821,11 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _inputs(data: Data, teacher: Preconditioned | None) -> dict[str, str]:
-    """Fingerprints of what a run is made from, beside its recipe."""
+def inputs_of(data: Data, teacher: Preconditioned | None) -> dict[str, str]:
+    """Fingerprints of what a run is made from, beside its recipe, as its record has them.
+
+    Source: ours.
+    """
     inputs = {"data_sha256": data.sha256()}
     if teacher is not None:
         inputs["teacher_sha256"] = fingerprint(*teacher.state_dict().values())

@@ -219,6 +219,21 @@ def test_steps_of_another_version_or_device_are_not_taken(folder, tmp_path, befo
     assert why in skipped.get("steps anew", "") if why else "steps anew" not in skipped
 
 
+def test_steps_of_another_teacher_are_not_taken(patient):
+    p = patient("cd")
+    other = replace(p.teacher, model=p.run.model)
+    with pytest.raises(Exception, match="are not those that it was trained with"):
+        list(doctor.steps_anew(replace(p, teacher=other)))
+
+
+def test_on_another_processor_the_last_digits_differ_and_that_is_no_slip(patient):
+    p = patient("edm")
+    p.rows[0]["loss"] *= 1.003
+    (found,) = doctor.steps_anew(p)
+    assert found.measured == pytest.approx(0.003, rel=0.01)
+    assert found.verdict == "look"
+
+
 def test_what_would_take_too_long_is_not_begun(patient):
     p = patient("edm")
     with mock.patch("cmbook.doctor.replay.MOST", 1.0), pytest.raises(Exception, match="too long"):
