@@ -297,6 +297,24 @@ def dumps(experiment: Experiment) -> str:
     return tomli_w.dumps(_write(experiment, Experiment))
 
 
+def settings(experiment: Experiment) -> dict[str, Any]:
+    """Every setting of a recipe by its dotted name, such as `training.optimizer.lr`.
+
+    Source: ours.
+    """
+    return _flat(tomllib.loads(dumps(experiment)))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _read(expected: Any, value: Any, where: str) -> Any:
     """The value as the expected type, or an error that names the setting."""
     expected = KINDS.get(expected, expected)

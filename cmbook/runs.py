@@ -806,19 +806,9 @@ def _recorded(path: Path) -> tuple[Experiment, dict[str, Any]]:
 
 
 def _differences(before: Experiment, after: Experiment) -> list[str]:
-    old, new = (_flat(tomllib.loads(experiment.dumps(e))) for e in (before, after))
+    old, new = experiment.settings(before), experiment.settings(after)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def inputs_of(data: Data, teacher: Preconditioned | None) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Settings that no published recipe comes near."""
 
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -26,7 +25,7 @@ def settings(p: Patient) -> Iterator[Finding]:
     usual, odd = _usual(type(p.recipe.objective).__name__), list[str]()
     if not usual:
         return  # a method from outside
-    for name, value in _flat(p.recipe).items():
+    for name, value in _judged(p.recipe).items():
         if (known := usual.get(name)) and not _comes_near(name, value, known):
             these = ", ".join(map(str, sorted(known, key=str)[:6]))
             odd.append(f"{name} = {value} (published recipes: {these})")
@@ -53,20 +52,12 @@ def _usual(kind: str) -> dict[str, set[Any]]:
     for name in experiment.recipes():
         recipe = experiment.loads(experiment.recipe_text(name))
         if type(recipe.objective).__name__ == kind:
-            for setting, value in _flat(recipe).items():
+            for setting, value in _judged(recipe).items():
                 values[setting].add(value)
     return dict(values)
 
 
-def _flat(recipe: Experiment) -> dict[str, Any]:
-    """Its settings that are judged, by their dotted names."""
-
-    def walk(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in table.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                yield from walk(value, f"{name}.")
-            elif name.startswith(_JUDGED) and not name.endswith(".kind"):
-                yield name, value
-
-    return dict(walk(tomllib.loads(experiment.dumps(recipe)), ""))
+def _judged(recipe: Experiment) -> dict[str, Any]:
+    """Its settings that are judged."""
+    every = experiment.settings(recipe).items()
+    return {k: v for k, v in every if k.startswith(_JUDGED) and not k.endswith(".kind")}
