@@ -149,6 +149,20 @@ def test_a_loss_or_a_gradient_that_is_too_large_is_named_with_the_factor(folder)
     assert "the loss is 64 times the recipe's" in slip.cause
 
 
+def test_noise_that_is_drawn_as_people_draw_it_wrongly_is_named(folder):
+    """Uniform numbers take others from the generator than normal ones do."""
+
+    def uniform(like, generator):
+        return torch.rand(like.shape, generator=generator)
+
+    there = folder("edm").with_name("uniform")
+    with mock.patch("cmbook.losses.edm.normal", uniform):
+        run(trains(METHODS["edm"], steps=20), there, progress=False)
+    slip, _ = doctor.steps_anew(admit(load(there), None, "cpu"))
+    assert "the noise comes from torch.rand" in slip.cause
+    assert slip.measured < EXACT
+
+
 def test_an_unknown_slip_is_told_as_that(folder):
     """Nothing in the list fits, so only the difference is told, and after what says more."""
 

@@ -193,7 +193,7 @@ class Loop:
     def denoising(self, objective: EDM, x0: Samples, label: Labels | None, g: Generator) -> Loss:
         """That of a diffusion model."""
         sigma = self.drawn(objective.sigma_law(len(x0), g).to(x0.device))
-        z = self.noise(normal(x0, g))
+        z = self.noise(x0, g)
         x = self.noisy(x0, z, sigma)
         with Dropout(g, x.device):
             denoised = self.dressed(self.student)(x, sigma, label)
@@ -202,7 +202,7 @@ class Loop:
     def consistency(self, x0: Samples, label: Labels | None, g: Generator) -> Loss:
         """That of a consistency model."""
         sigma, sigma_next = self.neighbors(x0, g)
-        z = self.noise(normal(x0, g))
+        z = self.noise(x0, g)
         x = self.noisy(x0, z, sigma)
         x_next = self.onward(x0, z, x, sigma, sigma_next, label, g)
         pair, dropout = self.pair(Pair(x, sigma, x_next, sigma_next)), Dropout(g, x.device)
@@ -228,9 +228,9 @@ class Loop:
         """Noise levels of a pair."""
         return neighbors(self.p.range.grid(self.levels()), x0, g)
 
-    def noise(self, z: Samples) -> Samples:
+    def noise(self, x0: Samples, g: Generator) -> Samples:
         """Standard normal noise."""
-        return z
+        return normal(x0, g)
 
     def noisy(self, x0: Samples, z: Samples, sigma: PerSample) -> Samples:
         """The noisy point."""

@@ -161,13 +161,18 @@ class Patient:
         return len(self.data) if isinstance(self.data, ImageData) else None
 
     @cached_property
-    def count(self) -> int:
-        """How many samples a model is asked about: fewer, the larger it is; always the same."""
+    def flops(self) -> int:
+        """Floating-point operations of one answer."""
         x = torch.zeros(1, *self.run.record["shape"], device=self.device)
         label = torch.zeros(1, dtype=torch.int64, device=self.device) if self.classes else None
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.run.model(x, torch.ones(1, device=self.device), label)
-        return int(min(512, max(32, FLOPS // max(1, counter.get_total_flops()))))
+        return max(1, int(counter.get_total_flops()))
+
+    @cached_property
+    def count(self) -> int:
+        """How many samples a model is asked about: fewer, the larger it is; always the same."""
+        return int(min(512, max(32, FLOPS // self.flops)))
 
     @cached_property
     def moments(self) -> dict[str, Any]:

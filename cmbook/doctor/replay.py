@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cmbook
@@ -102,7 +101,9 @@ def _spans(p: Patient) -> list[Span]:
     if record.get("torch") == torch.__version__:  # another may draw other first weights
         starts.append(None)
     starts += [path for path in saved if _step(path) < p.run.step][-1:]
-    most = MOST / (_flops(p) * p.recipe.training.batch_size)
+    # Forward, twice backward, and whoever else is asked.
+    asked = 1 if isinstance(p.recipe.objective, EDM) else 3 if p.recipe.teacher else 2
+    most = MOST / ((2 + asked) * p.flops * p.recipe.training.batch_size)
     spans = [span for start in starts if (span := _span(p, start, most))]
     if not spans:
         raise Undone("its steps take too long here, or the log does not tell of them")
@@ -126,16 +127,6 @@ def _span(p: Patient, start: Path | None, most: float) -> Span | None:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _flops(p: Patient) -> float:
-    """Of one sample in one step, about: forward, twice backward, and who else is asked."""
-    x = torch.zeros(1, *p.run.record["shape"])
-    label = torch.zeros(1, dtype=torch.int64) if p.classes else None
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        p.run.model(x, torch.ones(1), label)
-    asked = 1 if isinstance(p.recipe.objective, EDM) else 3 if p.recipe.teacher else 2
-    return max(1.0, float(counter.get_total_flops())) * (2 + asked)
 
 
 def _slip(p: Patient, span: Span, off: float, late: bool) -> tuple[Loop | None, float]:

@@ -252,8 +252,13 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
         yield slip(
             f"the noise is {what}",
             "Draw it with torch.randn, of the shape of the samples",
-            noise=lambda loop, z, f=f: f(z),
+            noise=lambda loop, x0, g, f=f: f(normal(x0, g)),
         )
+    yield slip(
+        "the noise comes from torch.rand, not torch.randn",
+        "Draw it with torch.randn, of the shape of the samples",
+        noise=lambda loop, x0, g: torch.rand(x0.shape, generator=g, device=x0.device),
+    )
     yield slip(
         "all samples of a batch have the same noise level",
         "Draw a level for each",
