@@ -15,7 +15,7 @@ from cmbook.distances import L1, L2, Norm, PseudoHuber
 from cmbook.doctor.loop import Loop
 from cmbook.doctor.patient import Patient
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
-from cmbook.noise import add_noise, normal, seeded
+from cmbook.noise import add_noise, normal, seeded, uniform
 from cmbook.ode import SOLVERS
 from cmbook.parameterization import (
     AnyScalings,
@@ -257,7 +257,7 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
     yield slip(
         "the noise comes from torch.rand, not torch.randn",
         "Draw it with torch.randn, of the shape of the samples",
-        noise=lambda loop, x0, g: torch.rand(x0.shape, generator=g, device=x0.device),
+        noise=lambda loop, x0, g: uniform(x0.numel(), g).view_as(x0),
     )
     yield slip(
         "all samples of a batch have the same noise level",
