@@ -66,8 +66,8 @@ ABOVE = [
     ],
     *["experiment", "costs", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
-ABOVE += [f"doctor.{name}" for name in ("findings", "patient", "upstream", "history", "answers")]
-ABOVE += [f"doctor.{name}" for name in ("usual", "replay", "loop", "slips")]
+ABOVE += [f"doctor.{name}" for name in ("findings", "patient", "history", "answers")]
+ABOVE += [f"doctor.{name}" for name in ("parts", "upstream", "usual", "replay", "loop", "slips")]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="

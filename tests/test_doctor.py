@@ -46,10 +46,11 @@ from cmbook import (
 )
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
+from cmbook.doctor import parts
 from cmbook.experiment import Sampling, Training
 from cmbook.features import to_bytes
 from cmbook.losses import ct, edm, regression
-from cmbook.noise import LogNormal, add_noise, seeded
+from cmbook.noise import LogNormal, add_noise, normal, seeded
 from cmbook.parameterization import VEScalings
 from cmbook.runs import students
 from cmbook.training import Adam, RAdam
@@ -293,6 +294,10 @@ def rewritten(before, after):
     return edit
 
 
+def transposed(w):
+    return w.T.contiguous() if w.ndim == 2 and len(set(w.shape)) == 1 else w
+
+
 def with_nan(w):
     w = w.clone()
     w.view(-1)[0] = torch.nan
@@ -348,6 +353,14 @@ BROKEN = {
     ),
     "teacher untrained": Case(
         taught(BRIEF, teacher="untrained"), "teacher is ill: the average still remembers the first"
+    ),
+    "teacher converted": Case(
+        taught(BRIEF, teacher="converted"),
+        "the teacher is ill: weights were changed after training.*weight is transposed",
+    ),
+    "teacher hardly without labels": Case(
+        replace(taught(BRIEF, teacher="rarely"), data=Toy("pinwheel", labelled=True), guidance=2.0),
+        "answer without a label.*was made with network.label_dropout = 0.001",
     ),
     "teacher of forty": Case(taught(QUICK, teacher="forty"), "the teacher is ill: "),
     # training
@@ -413,6 +426,10 @@ ODD = {  # that need not be a fault
         replace(BRIEF, objective=replace(CT, weight="karras"), scalings=ConsistencyScalings()),
         "unusual settings: objective.weight = karras .published recipes: inverse_gap, uniform",
     ),
+    "distance": Case(
+        replace(BRIEF, objective=EDM(distance=PseudoHuber())),
+        "unusual settings: objective.distance = PseudoHuber .published recipes: L2",
+    ),
     "rho": Case(ranged(BRIEF, rho=1.0), "rho = 1 is unusual: .* among the largest"),
     "center": Case(BRIEF, "the data lie around 1.5, far from 0", points_as([0.3, 0.3], 1.5)),
     "scales": Case(BRIEF, "coordinates have other scales", points_as([1.0, 0.01], 0.0)),
@@ -437,6 +454,14 @@ TEACHERS = {
     "forty": Case(trains(DIGITS, steps=1500), fault=digits_as(forty)),
     "dropping": Case(replace(DIGITS, network=ResidualMLP(128, 2, 64, label_dropout=0.1))),
     "renumbered": Case(DIGITS, fault=digits_as(renumbered)),
+    "converted": Case("edm", edit=edited(transposed, "average")),
+    "rarely": Case(
+        replace(
+            RING,
+            data=Toy("pinwheel", labelled=True),
+            network=MLP(64, 3, label_dropout=0.001),
+        )
+    ),
 }
 CASES = GOOD | BROKEN | ODD | TEACHERS
 
@@ -575,7 +600,7 @@ def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
     seen = {f.check.removeprefix("teacher ") for n in CASES for f in clinic.diagnosis(n).findings}
     assert seen <= set(doctor.NORMS)
     # The digits are gray, not read from files, and nobody is guided. Steps are taken anew.
-    apart = {"data channels", "walk variety", "flip", "loss again", "gradient again"}
+    apart = {"data channels", "data gray", "flip", "loss again", "gradient again"}
     assert set(doctor.NORMS) - seen <= apart
 
 
@@ -627,6 +652,37 @@ def overflowing(x, label):
     return TensorData(((x + 1) * 8 * 16 % 256) / 127.5 - 1, label)
 
 
+def with_placeholders(x, label):
+    x = x.clone()
+    x[::20] = x[7]
+    return TensorData(x, label)
+
+
+def some_cut(x, label):
+    x = x.clone()
+    x[::6, :, 4:] = 0
+    return TensorData(x, label)
+
+
+def some_noisy(x, label):
+    x = x.clone()
+    x[::5] = (x[::5] + 0.2 * torch.randn(x[::5].shape, generator=seeded(0))).clamp(-1, 1)
+    return TensorData(x, label)
+
+
+def stamped(x, label):
+    x = x.clone()
+    x[::3, :, -2:, -2:] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    return TensorData(x, label)
+
+
+def some_upside_down(x, label):
+    """In the training set alone: half of it."""
+    x, others = x.clone(), Digits().build().held_out()
+    x[::2] = x[::2].flip(-2)
+    return TensorData(x, label, held_out=others)
+
+
 def half_scaled(x, label):
     x = x.clone()
     x[::5] = (x[::5] + 1) / 2
@@ -640,6 +696,15 @@ def half_scaled(x, label):
         ("data mixed", half_scaled, "2.% of the pictures lie in .0, 1., the others in"),
         ("labels wrong", some_wrong, "about 2.% of the labels are wrong"),
         ("data negatives", some_negative, "are negatives of the others"),
+        ("data placeholder", with_placeholders, "5.*% of the samples are one and the same"),
+        ("data cut off", some_cut, "1.% of the pictures are cut off: they end in one flat color"),
+        ("data stamp", stamped, "33% of the pictures have the same thing in one corner"),
+        ("data kinds", some_noisy, "20% of them differ .* how many values their pixels have"),
+        (
+            "held out",
+            some_upside_down,
+            "not like those held out: about 50% are as if shown upside down",
+        ),
         ("data fixed", framed, "7.% of the pixels are the same in all pictures"),
         ("data blocks", enlarged, "enlarged from small ones"),
     ],
@@ -652,6 +717,31 @@ def test_what_is_wrong_with_pictures_is_told(clinic, check, spoil, cause):
     assert re.search(cause, told[check].cause), told[check]
     plain = {f.check: f.verdict for f in clinic.diagnosis("digits").findings}
     assert plain[check] == "well"
+
+
+def test_colors_and_seams_are_told():
+    x = normal(torch.empty(400, 3, 16, 16), seeded("pictures"))
+    for _ in range(3):
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = x / float(x.abs().max())
+    gray = torch.cat([x[:100].mean(1, keepdim=True).expand(-1, 3, -1, -1), x[100:]])
+
+    def told(x):
+        return {f.check: (f.verdict, f.measured) for f in parts.odd_pictures(x.double())}
+
+    assert {verdict for verdict, _ in told(x).values()} == {"well"}
+    assert told(gray)["data gray"] == ("look", 0.25)
+    assert told(x.roll(6, -1))["data seam"][0] == "look"
+    assert told(x.roll(6, -2))["data seam"][0] == "look"
+
+
+def test_missing_values_are_told(clinic):
+    moons = Toy("moons").build().held_out().x.clone()
+    moons[::20, 1] = 0.0
+    found = doctor.examine(clinic.folder("edm"), data=TensorData(moons))
+    told = next(finding for finding in found.findings if finding.check == "data missing")
+    assert told.verdict == "ill"
+    assert re.match(r"coordinate 1 is 0 in [45]\..% of the samples: missing", told.cause)
 
 
 def test_points_that_were_clamped_are_told(clinic):

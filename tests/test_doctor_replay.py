@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_doctor import CD, CT, DIGITS, RING, edited, rewritten, taught, trains
+from test_doctor import CD, CT, DIGITS, RING, edited, rewritten, taught, trains, transposed
 
 from cmbook import (
     EDM,
@@ -21,8 +21,9 @@ from cmbook import (
     doctor,
     load,
     run,
+    training,
 )
-from cmbook.doctor import slips
+from cmbook.doctor import history, slips
 from cmbook.doctor.loop import Loop
 from cmbook.doctor.patient import admit
 from cmbook.doctor.replay import ALIKE, EXACT, Span
@@ -122,8 +123,10 @@ def test_every_slip_leaves_a_trace_of_its_own(patient, name):
         return all(math.isclose(a, b, rel_tol=EXACT) for a, b in zip(one, other, strict=True))
 
     untold = [what for what, row in carried.items() if same(row, nothing)]
-    assert set(untold) <= {"the gradient is not clipped"}  # no step is long enough to show it
-    twins = [pair for pair in combinations(carried, 2) if same(*(carried[one] for one in pair))]
+    # No gradient is long enough to show it.
+    assert set(untold) <= {"the gradient is not clipped", "the gradient is clipped to 1"}
+    told = [what for what in carried if what not in untold]
+    twins = [pair for pair in combinations(told, 2) if same(*(carried[one] for one in pair))]
     assert not twins, twins
 
 
@@ -260,3 +263,64 @@ def test_a_loop_that_cannot_be_carried_out_fits_no_log(patient):
     assert span.off(Loop(p, loss=lambda loop, *given: torch.zeros(2).view(3))) == math.inf
     assert span.off(Loop(p, loss=lambda loop, *given: 1 / 0), ALIKE) == math.inf
     assert isinstance(p.recipe.objective, EDM)
+
+
+# ── averages ──
+
+
+@pytest.mark.parametrize(
+    ("said", "decay"),
+    [
+        ("its decay was 0.5", lambda decay: 0.5),
+        ("it was never moved", lambda decay: 1.0),
+        ("it is the student itself", lambda decay: 0.0),
+        ("it was moved by its decay, not by what is left of 1", lambda decay: 1 - decay),
+        (None, lambda decay: 0.8),
+        ("", lambda decay: decay),
+    ],
+)
+def test_an_average_that_is_blended_otherwise_is_named(tmp_path, said, decay):
+    real = training.blend
+
+    def blend(average, model, given):
+        real(average, model, decay(given))
+
+    recipe = trains(RING, steps=60, save_every=40, average_decay=0.95)
+    with mock.patch.object(training, "blend", blend):
+        done = run(recipe, tmp_path / "run", progress=False)
+    student, average = doctor.averages_anew(admit(done, None, "cpu"))
+    assert student.measured < 1e-4
+    if said == "":
+        assert average.measured < 1e-4
+        return
+    assert average.verdict != "well"
+    what = "the average is not what training.average_decay = 0.95 makes"
+    assert average.cause == (what if said is None else f"{what}: {said}")
+
+
+def test_weights_that_changed_after_the_last_checkpoint_but_one_are_told(folder, tmp_path):
+    done = tmp_path / "run"
+    shutil.copytree(folder("edm"), done)
+    edited(lambda w: w + 0.01, "student")(done)
+    (found,) = doctor.averages_anew(admit(load(done), None, "cpu"))
+    assert found.cause == "the weights of step 100 are not those that its steps lead to"
+
+
+# ── what came of the first weights ──
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: -w, "has the other sign"),
+        (transposed, "is transposed"),
+        (lambda w: w.flip(0), "is turned around along axis 0"),
+    ],
+)
+def test_weights_that_were_changed_by_a_conversion_are_told(folder, tmp_path, change, said):
+    done = tmp_path / "run"
+    shutil.copytree(folder("edm"), done)
+    edited(change, "average")(done)
+    (found,) = history.kin(admit(load(done), None, "cpu"))
+    assert found.verdict == "ill"
+    assert said in found.cause

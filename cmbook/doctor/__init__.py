@@ -8,8 +8,8 @@ What is upstream is named first: bad data explain a bad teacher, a bad teacher e
 student. Some findings are suspicions: they are the diagnosis only if there is a symptom as well.
 
 Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
-comes before training (`upstream`), training itself, taken anew (`replay`, by `loop` and `slips`),
-its traces (`history`), and what the model says (`answers`).
+comes before training (`parts`, `upstream`, `usual`), training itself, taken anew (`replay`, by
+`loop` and `slips`), its traces (`history`), and what the model says (`answers`).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from cmbook.data import Data
-from cmbook.doctor import answers, history, upstream
+from cmbook.doctor import answers, history, parts, upstream
 from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
-from cmbook.doctor.replay import steps_anew
+from cmbook.doctor.replay import averages_anew, steps_anew
 from cmbook.doctor.usual import settings
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
@@ -45,22 +45,34 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
     ill = sum(finding.verdict == "ill" for finding in said.findings)
     first = said.findings[0]
     remedy = f"{first.remedy}. The whole list: cmbook doctor {theirs.folder}".removeprefix(". ")
-    verdict: Verdict = "ill" if ill else "well"
-    yield found("teacher itself", ill, verdict, f"the teacher is ill: {first.cause}", remedy)
+    verdict: Verdict = "ill" if ill else first.verdict
+    cause = f"the teacher {'is ill' if ill else 'may be odd'}: {first.cause}"
+    if not ill and first.norm.role in ("symptom", "late"):
+        verdict = "well"  # that is measured of it with this run's levels, too
+    yield found("teacher itself", ill, verdict, cause, remedy)
 
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
     *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
+    *(parts.placeholders, parts.pictures, parts.held_out),
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
-    *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher, upstream.walk),
-    steps_anew,
-    *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
+    *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
+    *(upstream.unlabelled, upstream.walk, upstream.teacher_samples),
+    *(history.kin, steps_anew, averages_anew),
+    *(
+        history.progress,
+        history.moved,
+        history.kin,
+        answers.told,
+        history.repeats,
+        history.gradients,
+    ),
     *(history.optimizer, history.curves, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),
     *(answers.hears_sigma, answers.copies, answers.labels, answers.denoises, answers.walk),
     *(answers.variety, answers.inside, answers.modes, answers.follows, answers.tangents),
-    *(answers.agrees, answers.loss_by_sigma),
+    *(answers.agrees, answers.samples, answers.loss_by_sigma),
 )
 
 
@@ -101,6 +113,8 @@ def examine(
     for check in CHECKS if with_teacher else [c for c in CHECKS if c is not teacher_itself]:
         if check in (history.repeats, history.gradients) and _known(findings):
             continue  # they would say the same, less exactly
+        if check is averages_anew and not _same(findings):
+            continue  # no step is what it should be
         try:
             findings += check(patient)
         except Undone as why:
@@ -112,10 +126,14 @@ def examine(
     return Diagnosis(ranked(findings, patient.early), skipped, notes)
 
 
+def _same(findings: list[Finding]) -> bool:
+    """Whether steps were taken anew, and nothing was wrong."""
+    return any(f.check == "steps anew" and f.verdict == "well" for f in findings)
+
+
 def _known(findings: list[Finding]) -> bool:
-    """Whether steps were taken anew, and either nothing was wrong or it is known what."""
-    said = {finding.check: finding.verdict for finding in findings}
-    return "slip" in said or said.get("steps anew") == "well"
+    """The same, or it is known what was wrong."""
+    return _same(findings) or any(f.check == "slip" for f in findings)
 
 
 def _notes(recipe: Experiment) -> Iterator[str]:

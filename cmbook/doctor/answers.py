@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmbook.doctor.findings import LONGER, Finding, found, over, under
+from cmbook.doctor.parts import unlike
 from cmbook.doctor.patient import POOR, Patient, Undone, ask, noisy
 from cmbook.doctor.upstream import outside
 from cmbook.evaluation import nearest_training
@@ -280,6 +281,17 @@ def _centers(x: Tensor, k: int) -> Tensor:
             [part.mean(0) if len(part) else centers[i] for i, part in enumerate(parts)]
         )
     return centers
+
+
+def samples(p: Patient) -> Iterator[Finding]:
+    """How far the samples are from the data, or from where a guided teacher walks."""
+    made = p.drawn[0]
+    real = p.seen.x if p.recipe.guidance == 1 else p.walked(p.walker)
+    if len(made) < 64 or not bool(made.isfinite().all()):
+        raise Undone("there are too few samples, or some are not finite")
+    off, bad = unlike(made, real[: len(made)], 0.003, 0.02)
+    cause = "the samples are not distributed as the data"
+    yield found("samples", off, bad, cause, LONGER)
 
 
 def copies(p: Patient) -> Iterator[Finding]:

@@ -52,6 +52,17 @@ NORMS = {
         "suspicion",
     ),
     "data mixed": Norm("share of pictures in another range: 0", _PICTURES, "suspicion"),
+    "held out": Norm(
+        "energy distance of training to held-out samples: near 0",
+        "Look at both: were they read, scaled and chosen alike?",
+    ),
+    "data placeholder": Norm("share of one and the same sample: 0", "Leave it out"),
+    "data missing": Norm("share of one value of a coordinate: 0", "Leave these out"),
+    "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
+    "data gray": Norm("share of gray ones among colored: below 0.1", _PICTURES, "suspicion"),
+    "data stamp": Norm("share with the same in one corner: 0", _PICTURES, "suspicion"),
+    "data kinds": Norm("share of pictures of another kind: 0", _PICTURES, "suspicion"),
+    "data seam": Norm("difference at a seam, over that beside it: near 1", _PICTURES, "suspicion"),
     "data rounded": Norm(
         "different values of a coordinate, over samples: 1", "Leave them as they are", "suspicion"
     ),
@@ -96,9 +107,9 @@ NORMS = {
     "first levels": Norm(
         "N at the start: 2 to 160", "Begin with 10, as objective.curriculum can", "suspicion"
     ),
-    "top": Norm("error at sigma_max over that of the mean: 1", "", "vague"),
     "guidance": Norm("1, which is none, or more", "Set guidance=1"),
     "itself": Norm("faults that the teacher itself shows: 0"),
+    "unlabelled": Norm("of what the data teach without a label: 0.5 or more"),
     "kind": Norm("0: it is a diffusion model", "", "suspicion"),
     "walk": Norm(
         "share of it far outside the data: 0", "Lower guidance, or look at the teacher", "suspicion"
@@ -117,6 +128,10 @@ NORMS = {
         "share of weights that are as they began: 0",
         "Check requires_grad, the optimizer's parameters, that the loss is not detached, and that "
         "weights from elsewhere were all loaded",
+    ),
+    "kin": Norm(
+        "share of matrices that resemble nothing they began as: 0",
+        "Convert them anew, and compare answers before and after",
     ),
     "step size": Norm("a step of Adam over a weight: 0.001 to 0.1", _LOWER, "suspicion"),
     "moved": Norm(
@@ -143,6 +158,8 @@ NORMS = {
     "gradient": Norm("largest over typical norm: below 10", _LOWER, "suspicion"),
     "average memory": Norm("share of the first weights in it: below 0.1", "", "suspicion"),
     "average moves": Norm("its way over the student's: 1", "Call blend after every step"),
+    "weights anew": Norm("of the last checkpoint, off those of the steps anew: 0", "", "vague"),
+    "average anew": Norm("difference to what its decay makes, over the student's way: 0"),
     "target moves": Norm(
         "its way over the student's: 1",
         "Lower mu, or check that the target is updated after every step",
@@ -192,6 +209,7 @@ NORMS = {
         "variance that noise makes, over the data's: 0.7 to 1.2, bad at 0.2", LONGER, "late"
     ),
     "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
+    "samples": Norm("energy distance to the data: below 0.003; bad from 0.02", LONGER, "late"),
     "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
     "agreement": Norm(
@@ -276,17 +294,24 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
     Source: ours.
     """
     sick = any(f.verdict == "ill" and f.norm.role in ("symptom", "late") for f in findings)
+    poor = any(f.verdict == "ill" and f.check == "teacher samples" for f in findings)
 
     def judged(f: Finding) -> Finding:
         if sick and f.verdict == "look" and f.norm.role in ("suspicion", "vague"):
+            return replace(f, verdict="ill")
+        if poor and f.verdict == "look" and f.check == "teacher itself":
             return replace(f, verdict="ill")
         if early and f.verdict == "ill" and f.norm.role == "late":
             return replace(f, verdict="look")
         return f
 
     def rank(f: Finding) -> tuple[int, int]:
-        said = {"vague": 1, "symptom": 2, "late": 2}.get(f.norm.role, 0)
-        return ("ill", "look", "well").index(f.verdict), said if f.verdict == "ill" else 0
+        said = {"suspicion": 2, "vague": 3, "symptom": 4, "late": 4}.get(f.norm.role, 0)
+        if f.verdict == "ill" and f.check == "steps anew":
+            said = 1  # it is certain, if vague
+        if f.verdict == "look" and f.check == "teacher itself":
+            said = 3  # what is odd about this run comes first
+        return ("ill", "look", "well").index(f.verdict), said
 
     return tuple(sorted(map(judged, findings), key=rank))
 

@@ -90,6 +90,46 @@ def moved(p: Patient) -> Iterator[Finding]:
     yield found("moved", way, under(way, 0.03, 0.003), cause)
 
 
+def kin(p: Patient) -> Iterator[Finding]:
+    """Whether every matrix still resembles what it began as, which training alone leaves."""
+    first, now = p.weights.get("first"), p.weights["average"]
+    if first is None:
+        raise Undone("the first weights are not at hand: torch is another one")
+    names = [n for n, w in first.items() if w.ndim > 1 and w.numel() >= 256 and bool(w.any())]
+    like = {name: _cosine(now[name], first[name]) for name in names}
+    strange = {name: _became(name, now[name], first) for name in names if like[name] < 0.1}
+    share = len(strange) / max(1, len(names))
+    told = [f"{name} {became}" for name, became in strange.items() if became]
+    known = ", ".join(told[:3]) + (", …" if len(told) > 3 else "")
+    cause = f"weights were changed after training, as by a conversion: {known}"
+    # A wild run forgets where it began, but no run learns to be its beginning, transposed.
+    lost = bool(strange) and median(like.values()) > 0.5
+    if lost and not told:
+        some = ", ".join([*strange][:3])
+        cause = f"weights are not those of the run: {some} resemble nothing that they began as"
+    yield found("kin", share, "ill" if told or lost else "well", cause)
+
+
+def _became(name: str, weight: Tensor, first: Weights) -> str:
+    """What became of the first weights, if that can be seen."""
+    if _cosine(-weight, first[name]) > 0.3:
+        return "has the other sign"
+    if weight.ndim == 2 and len(set(weight.shape)) == 1 and _cosine(weight.T, first[name]) > 0.3:
+        return "is transposed"
+    for other, begun in first.items():
+        if other != name and begun.shape == weight.shape and _cosine(weight, begun) > 0.3:
+            return f"is {other}"
+    for axis in range(weight.ndim):
+        if _cosine(weight.flip(axis), first[name]) > 0.3:
+            return f"is turned around along axis {axis}"
+    return ""
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    one, other = a.double().flatten(), b.double().flatten()
+    return float(torch.dot(one, other) / (one.norm() * other.norm()).clamp(min=1e-300))
+
+
 def curves(p: Patient) -> Iterator[Finding]:
     """Whether the loss fell and the gradient stayed."""
     rows = [row for row in p.rows if math.isfinite(row.get("loss", math.nan))]

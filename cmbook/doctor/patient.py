@@ -270,10 +270,10 @@ class Patient:
         with torch.no_grad():
             return objective(models, self.asked, clock=clock, generator=seeded("doctor"))
 
-    def skill(self, model: Denoiser, recipe: Experiment) -> Skill:
+    def skill(self, model: Denoiser, recipe: Experiment, batch: Batch | None = None) -> Skill:
         """What the answers of a model are worth that was made from this recipe."""
         levels, few = _levels(recipe, self.std), not isinstance(recipe.objective, EDM)
-        own, slopes = self.errors(model, self.asked, levels)
+        own, slopes = self.errors(model, batch or self.asked, levels)
         # One of the samples that x may have come from, which few-step models answer, is twice as
         # far off in square as their mean.
         own = [error / 2 for error in own] if few else own

@@ -8,11 +8,13 @@ what happened.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import cmbook
@@ -22,6 +24,7 @@ from cmbook.doctor.loop import Loop, Row
 from cmbook.doctor.patient import Patient, Undone
 from cmbook.doctor.slips import later, scaled, slips
 from cmbook.losses import EDM
+from cmbook.training import blend
 
 ROWS = 2  # of the log, each time
 MOST = 1e12  # floating-point operations, of all steps: some seconds to a minute
@@ -66,6 +69,9 @@ def steps_anew(p: Patient) -> Iterator[Finding]:
     if not off < SAME:
         first = next(i for i, one in enumerate(each) if not one < SAME)
         slip, left = _slip(p, spans[first], each[first], late=first > 0)
+        worst = each.index(off)
+        if slip is None and worst > first:  # there, what was learned wrongly shows
+            slip, left = _slip(p, spans[worst], off, late=False)
         if slip is not None:
             again = "what" if left < SAME else f"within {left:.0%} what"
             why = f"{slip.what}: with that slip, the steps taken anew give {again} the log says"
@@ -86,6 +92,75 @@ def steps_anew(p: Patient) -> Iterator[Finding]:
     yield found("steps anew", off, over(off, same, 10 * same), cause, remedy)
 
 
+def averages_anew(p: Patient) -> Iterator[Finding]:
+    """Whether the average is what its decay makes of the student, from the checkpoint before."""
+    span, decay = _spans(p)[-1], p.run.average
+    begin = 0 if span.start is None else _step(span.start)
+    if "student" not in p.weights or not 0 < p.run.step - begin <= _reach(p) / 3:
+        raise Undone("its steps take too long here")
+    strayed, (off,) = _averaged(p, span.start, [lambda k: decay])
+    cause = f"the weights of step {p.run.step} are not those that its steps lead to"
+    yield found("weights anew", strayed, over(strayed, 0.02), cause, "Go on from the one before")
+    if strayed > 0.02:
+        return
+    how = ""
+    if off > 0.03:
+        others = _other_decays(decay)
+        _, offs = _averaged(p, span.start, [*others.values()])
+        best, said = min(zip(offs, others, strict=True))
+        how = f": {said}" if best < 0.01 else ""
+    cause = f"the average is not what training.average_decay = {decay:g} makes{how}"
+    yield found("average anew", off, over(off, 0.03, 0.1), cause, "Call blend after every step")
+
+
+def _other_decays(decay: float) -> dict[str, Callable[[int], float]]:
+    """What people blend by, as a function of the step."""
+    return {
+        "it was never moved": lambda k: 1.0,
+        "it is the student itself": lambda k: 0.0,
+        "it was moved by its decay, not by what is left of 1": lambda k: 1 - decay,
+        "its decay warmed up, as (1 + k) / (10 + k)": lambda k: min(decay, (1 + k) / (10 + k)),
+    } | {
+        f"its decay was {other:g}": lambda k, other=other: other
+        for other in (0.5, 0.9, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
+        if other not in (decay, 1 - decay)
+    }
+
+
+def _averaged(
+    p: Patient, start: Path | None, decays: list[Callable[[int], float]]
+) -> tuple[float, list[float]]:
+    """How far student and averages end from those of the last checkpoint, over the way there."""
+    loop = Loop(p)
+    loop.start = start
+    loop.begin()
+    before = [w.detach().clone() for w in loop.student.parameters()]
+    began = loop.state.averages.get(p.run.average, loop.state.average)
+    made, steps = [deepcopy(began) for _ in decays], range(loop.state.step, p.run.step)
+    for k in tqdm(steps, "taking steps anew", leave=False, disable=None):
+        loop.step(k)
+        for average, decay in zip(made, decays, strict=True):
+            blend(average, loop.student, decay(k))
+    names = [name for name, _ in loop.student.named_parameters()]
+    left, saved = ([p.weights[which][n] for n in names] for which in ("student", "average"))
+    way = max(_apart(left, before), 1e-30)
+    strayed = _apart([*loop.student.parameters()], left) / way
+    return strayed, [_apart([*average.parameters()], saved) / way for average in made]
+
+
+def _apart(one: list[Tensor], other: list[Tensor]) -> float:
+    with torch.no_grad():
+        pairs = zip(one, other, strict=True)
+        return math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
+
+
+def _reach(p: Patient) -> float:
+    """How many steps can be taken here in some seconds to a minute."""
+    # Forward, twice backward, and whoever else is asked.
+    asked = 1 if isinstance(p.recipe.objective, EDM) else 3 if p.recipe.teacher else 2
+    return MOST / ((2 + asked) * p.flops * p.recipe.training.batch_size)
+
+
 def _spans(p: Patient) -> list[Span]:
     from cmbook import runs
 
@@ -101,10 +176,7 @@ def _spans(p: Patient) -> list[Span]:
     if record.get("torch") == torch.__version__:  # another may draw other first weights
         starts.append(None)
     starts += [path for path in saved if _step(path) < p.run.step][-1:]
-    # Forward, twice backward, and whoever else is asked.
-    asked = 1 if isinstance(p.recipe.objective, EDM) else 3 if p.recipe.teacher else 2
-    most = MOST / ((2 + asked) * p.flops * p.recipe.training.batch_size)
-    spans = [span for start in starts if (span := _span(p, start, most))]
+    spans = [span for start in starts if (span := _span(p, start, _reach(p)))]
     if not spans:
         raise Undone("its steps take too long here, or the log does not tell of them")
     now = runs.inputs_of(p.data, None if p.teacher is None else p.teacher.model)

@@ -1,5 +1,6 @@
 """Slips: what people get wrong in a loop or a loss, each of them a line or two of `loop.Loop`."""
 
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from cmbook.data import TensorData
 from cmbook.distances import L1, L2, Norm, PseudoHuber
 from cmbook.doctor.loop import Loop
+from cmbook.doctor.parts import views
 from cmbook.doctor.patient import Patient
+from cmbook.guidance import guided
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining
-from cmbook.noise import add_noise, normal, seeded, uniform
+from cmbook.losses.regression import neighbors
+from cmbook.noise import add_noise, integers, normal, seeded, uniform
 from cmbook.ode import SOLVERS
 from cmbook.parameterization import (
     AnyScalings,
@@ -52,9 +56,27 @@ def later(p: Patient) -> Iterator[Loop]:
 
     Source: ours.
     """
-    slip, objective = partial(Loop, p), p.recipe.objective
+    slip, objective, knobs = partial(Loop, p), p.recipe.objective, p.recipe.training
     if isinstance(objective, ConsistencyTraining):
         yield from _curriculum(p, objective, slip)
+
+    def forgetful(loop: Loop) -> None:
+        Loop.begin(loop)
+        loop.optimizer.state.clear()
+
+    yield slip("the optimizer was made anew at this step", "Bring it back, too", begin=forgetful)
+    yield slip(
+        "the rate is not lowered: it stays as it began",
+        "Set training.decay",
+        rate=lambda loop, rate: knobs.optimizer.lr,
+    )
+
+    def restarted(loop: Loop) -> None:
+        Loop.begin(loop)
+        assert p.data is not None
+        loop.batches = p.data.batches(knobs.batch_size, p.recipe.seed)
+
+    yield slip("the loader began anew at this step", _LOADER, begin=restarted)
     if isinstance(objective, ConsistencyDistillation | ConsistencyTraining):
         yield from _targets(p, slip)
 
@@ -129,8 +151,20 @@ def _loop(p: Patient, slip: Slip) -> Iterator[Loop]:
             "Build it as training.optimizer says",
             optimizer_of=lambda loop, s, b=build: b(s.parameters()),
         )
+    for steps in (100, 1000):
+        yield slip(
+            f"the rate warms up for {steps} steps",
+            "Set training.warmup",
+            rate=lambda loop, rate, n=steps: rate * min(1.0, (loop.clock.step + 1) / n),
+        )
     if knobs.clip is not None:
         yield slip("the gradient is not clipped", "Set clip", longest=lambda loop, clip: None)
+    for longest in {0.1, 1.0} - {knobs.clip}:
+        yield slip(
+            f"the gradient is clipped to {longest:g}",
+            f"Set training.clip={longest:g}",
+            longest=lambda loop, clip, n=longest: n,
+        )
     if recipe.teacher is not None:
         yield slip(
             "the student does not begin as a copy of its teacher",
@@ -168,31 +202,19 @@ def _loader(p: Patient, slip: Slip) -> Iterator[Loop]:
             x[: len(x) // 2], None if label is None else label[: len(x) // 2]
         ),
     )
-    shown: dict[str, Callable[[Tensor], Tensor]] = {
-        "in [0, 1] and not in [-1, 1]": lambda x: (x + 1) / 2,
-        "in [0, 255] and not in [-1, 1]": lambda x: 127.5 * (x + 1),
-        "as if they were in [0, 1], scaled to [-1, 1] a second time": lambda x: 2 * x - 1,
-        "scaled to a standard deviation of 1": lambda x: x / p.std,
-        "scaled to a standard deviation of 0.5": lambda x: x / (2 * p.std),
-        "without their mean": lambda x: x - p.seen.x.mean(0),
-        "half as large": lambda x: x / 2,
-        "twice as large": lambda x: 2 * x,
-        "as negatives": lambda x: -x,
-        "with noise of 0.1 in them": lambda x: x + 0.1 * normal(x, seeded("doctor", "grain")),
-    }
-    if p.seen.x.ndim == 4:
-        shown |= {
-            "mirrored": lambda x: x.flip(-1),
-            "upside down": lambda x: x.flip(-2),
-            "transposed": lambda x: x.transpose(-1, -2) if x.shape[-1] == x.shape[-2] else x,
-        }
-        if p.seen.x.shape[1] > 1:
-            shown["with their channels in the other order"] = lambda x: x.flip(1)
-    for how, change in shown.items():
+    for how, change in views(p).items():
         yield slip(
             f"samples are shown {how}",
             _LOADER,
             shown=lambda loop, x, label, f=change: Batch(f(x), label),
+        )
+    for how, some in _augmented(p).items():
+        yield slip(
+            f"samples are augmented: {how}",
+            "Leave out what a classifier's loader does: a model draws what it was shown",
+            shown=lambda loop, x, label, f=some: Batch(
+                f(x, seeded("doctor", "augment", loop.clock.step)), label
+            ),
         )
     if not p.classes:
         return
@@ -205,6 +227,45 @@ def _loader(p: Patient, slip: Slip) -> Iterator[Loop]:
     }
     for what, turn in told.items():
         yield slip(what, _LOADER, shown=lambda loop, x, label, f=turn: Batch(x, f(label)))
+
+
+def _augmented(p: Patient) -> dict[str, Callable[[Samples, torch.Generator], Samples]]:
+    """What loaders do at random; it is known by what it makes of many samples."""
+
+    def some(view: Callable[[Tensor], Tensor], x: Samples, g: torch.Generator) -> Samples:
+        which = uniform(len(x), g).view(-1, *[1] * (x.ndim - 1)) < 0.5
+        return torch.where(which, view(x), x)
+
+    def mixed(x: Samples, g: torch.Generator) -> Samples:
+        share = uniform(len(x), g).view(-1, *[1] * (x.ndim - 1))
+        return share * x + (1 - share) * x.roll(1, 0)
+
+    def moved(x: Samples, g: torch.Generator, far: int) -> Samples:
+        padded = nn.functional.pad(x, (far,) * 4, value=-1.0)
+        rows, columns = (integers(len(x), 2 * far + 1, g).tolist() for _ in range(2))
+        height, width = x.shape[2:]
+        places = zip(padded, rows, columns, strict=True)
+        return torch.stack([one[:, i : i + height, j : j + width] for one, i, j in places])
+
+    def erased(x: Samples, g: torch.Generator) -> Samples:
+        x, side = x.clone(), max(1, min(x.shape[2:]) // 2)
+        for one, i, j in zip(x, integers(len(x), side, g), integers(len(x), side, g), strict=True):
+            one[:, i : i + side, j : j + side] = 0
+        return x
+
+    known: dict[str, Callable[[Samples, torch.Generator], Samples]] = {
+        "two are mixed, as by mixup": mixed
+    }
+    if p.seen.x.ndim != 4:
+        return known
+    known["a part is erased"] = erased
+    for far in (1, 2, 4):
+        known[f"cropped at random after a border of {far}"] = partial(moved, far=far)
+    seen = views(p)
+    for name in ("mirrored", "upside down", "turned by 90 degrees", "in gray"):
+        if name in seen:
+            known[f"half of them {name}"] = partial(some, seen[name])
+    return known
 
 
 def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
@@ -240,19 +301,27 @@ def _noise(p: Patient, slip: Slip) -> Iterator[Loop]:
     drawn: dict[str, Callable[[Tensor], Tensor]] = {
         "uniform in [0, 1], and not normal": lambda z: torch.special.ndtr(z),
         "uniform in [-1, 1], and not normal": lambda z: 2 * torch.special.ndtr(z) - 1,
-        "the same for all samples of a batch": lambda z: z[:1].expand_as(z),
         "never negative": torch.Tensor.abs,
         "clamped to [-1, 1]": lambda z: z.clamp(-1, 1),
     }
-    if p.seen.x.ndim > 2:
-        drawn["the same in all pixels"] = lambda z: z[..., :1, :1].expand_as(z)
-    if p.seen.x.ndim == 4 and p.seen.x.shape[1] > 1:
-        drawn["the same in all channels"] = lambda z: z[:, :1].expand_as(z)
     for what, f in drawn.items():
         yield slip(
             f"the noise is {what}",
             "Draw it with torch.randn, of the shape of the samples",
             noise=lambda loop, x0, g, f=f: f(normal(x0, g)),
+        )
+    few: dict[str, Callable[[Tensor], Tensor]] = {
+        "the same for all samples of a batch": lambda x: x[:1]
+    }
+    if p.seen.x.ndim > 2:
+        few["the same in all pixels"] = lambda x: x[..., :1, :1]
+    if p.seen.x.ndim == 4 and p.seen.x.shape[1] > 1:
+        few["the same in all channels"] = lambda x: x[:, :1]
+    for what, part in few.items():
+        yield slip(
+            f"the noise is {what}",
+            "Draw it with torch.randn, of the shape of the samples",
+            noise=lambda loop, x0, g, f=part: normal(f(x0), g).expand_as(x0),
         )
     yield slip(
         "the noise comes from torch.rand, not torch.randn",
@@ -319,6 +388,8 @@ def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
         "the student is told the noise level of the target's point": lambda pair: pair._replace(
             sigma=pair.sigma_next
         ),
+        "the target is asked about the student's point": lambda pair: pair._replace(x_next=pair.x),
+        "the student is asked about the target's point": lambda pair: pair._replace(x=pair.x_next),
         "student and target are asked about the same point": lambda pair: Pair(
             pair.x, pair.sigma, pair.x, pair.sigma
         ),
@@ -337,6 +408,24 @@ def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
             return sigma, grid[(i + far - 1).clamp(max=len(grid) - 1)]
 
         yield slip(f"a pair lies {far} levels apart, not one", _LOSS, neighbors=skipping)
+    low, high = p.range.sigma_min, p.range.sigma_max
+    grids: dict[str, Callable[[int], Tensor]] = {
+        "lie evenly between sigma_min and sigma_max": lambda n: torch.linspace(high, low, n),
+        "lie evenly in their logarithm": lambda n: torch.linspace(
+            math.log(high), math.log(low), n
+        ).exp(),
+        "lie as with 1 / rho in place of rho": lambda n: replace(p.range, rho=1 / p.range.rho).grid(
+            n
+        ),
+        "are one more": lambda n: p.range.grid(n + 1),
+        "are one less": lambda n: p.range.grid(max(2, n - 1)),
+    }
+    for what, grid in grids.items():
+        yield slip(
+            f"the levels {what}",
+            "Take them from noise_range.grid",
+            neighbors=lambda loop, x0, g, f=grid: neighbors(f(loop.levels()).to(x0), x0, g),
+        )
     if isinstance(objective, ConsistencyTraining):
         yield slip(
             "the noise of the second point of a pair is drawn anew",
@@ -361,6 +450,17 @@ def _pairs(p: Patient, slip: Slip) -> Iterator[Loop]:
     yield slip("the teacher steps toward more noise", _LOSS, solver=lambda loop: away)
     if recipe.guidance != 1:
         yield slip("the teacher is not guided", _LOSS, guide=lambda loop, teacher: teacher)
+        scale = recipe.guidance
+        for other, why in (
+            (scale + 1, "where 0 is none"),
+            (scale - 1, "which is what the label adds"),
+            (1 - scale, "with label and none exchanged"),
+        ):
+            yield slip(
+                f"the teacher is guided by {other:g}, {why}",
+                "Here 1 is no guidance",
+                guide=lambda loop, teacher, w=other: guided(teacher, w),
+            )
     if p.classes:
 
         def deaf(loop: Loop, teacher: Preconditioned) -> Denoiser:
@@ -438,18 +538,36 @@ def _answers(p: Patient, slip: Slip) -> Iterator[Loop]:
                 f'Set objective.weight, or weigh as "{objective.weight}"',
                 weighted=lambda loop, a, b, w=weight: w(a, b, noise_range),
             )
-    yield slip(
-        "the weight divides and does not multiply",
-        "Multiply by it",
-        weighted=lambda loop, a, b: 1 / Loop.weighted(loop, a, b),
-    )
-    for distance in (L2(), L1(), Norm(), PseudoHuber()):
+    powers = {"divides and does not multiply": -1.0, "is its own root": 0.5, "is squared": 2.0}
+    for what, power in powers.items() if objective.weight != "uniform" else ():
+        yield slip(
+            f"the weight {what}",
+            f'Multiply by it, as "{objective.weight}" says',
+            weighted=lambda loop, a, b, n=power: Loop.weighted(loop, a, b) ** n,
+        )
+    for distance in (L2(), L1(), Norm(), PseudoHuber(), PseudoHuber(0.03), PseudoHuber(1.0)):
         if distance != objective.distance:
+            c = getattr(distance, "c", None)
             yield slip(
-                f"the distance is {type(distance).__name__}",
+                f"the distance is {type(distance).__name__}" + (f", c = {c:g}" if c else ""),
                 "Set objective.distance, or measure as it says",
                 distance=lambda loop, d=distance: d,
             )
+    if isinstance(objective.distance, PseudoHuber):
+
+        def by_pixel(loop: Loop) -> Any:
+            distance = loop.p.recipe.objective.distance
+            return lambda one, other: (
+                distance((one - other).flatten()[:, None], torch.zeros(one.numel(), 1).to(one))
+                .view(len(one), -1)
+                .sum(1)
+            )
+
+        yield slip(
+            "pseudo-Huber is taken of every coordinate, not of the whole sample",
+            "The norm is that of the whole sample",
+            distance=by_pixel,
+        )
     for factor in (0.5, 2.0):
         yield slip(
             f"answers count {factor:g} times in the loss",

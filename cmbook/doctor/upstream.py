@@ -8,10 +8,12 @@ import torch
 
 from cmbook.data import Images
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
+from cmbook.doctor.parts import unlike
 from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask, scatter
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
-from cmbook.noise import NoiseRange
-from cmbook.protocols import Clock, Samples
+from cmbook.noise import NoiseRange, normal, seeded
+from cmbook.protocols import Batch, Clock, Samples
+from cmbook.samplers import ode_sample
 
 
 def data_variety(p: Patient) -> Iterator[Finding]:
@@ -140,10 +142,14 @@ def data_negatives(p: Patient) -> Iterator[Finding]:
     if x.shape[1] < 16 or len(x) < 128 or not bool(x.isfinite().all()):
         return
     near, turned = (torch.cdist(each, x).fill_diagonal_(math.inf).amin(1) for each in (x, -x))
-    share = float((turned < 0.8 * near).double().mean())
+    share, others = (
+        float((a < 0.8 * b).double().mean()) for a, b in ((turned, near), (near, turned))
+    )
     mixed = share if share < 0.4 else 0.0  # half would be data that are their own negatives
     cause = f"some samples, {mixed:.0%} or more, are negatives of the others"
-    yield found("data negatives", mixed, over(mixed, 0.01, 0.03), cause)
+    # Where both colors of a figure are drawn at random, negatives are as they should be.
+    ill = 0.03 if others > 2.5 * share else math.inf
+    yield found("data negatives", mixed, over(mixed, 0.01, ill), cause)
 
 
 def data_labels(p: Patient) -> Iterator[Finding]:
@@ -209,8 +215,10 @@ def same_data(p: Patient) -> Iterator[Finding]:
     cause = "the data at hand are not those that the run was trained on"
     yield found("same data", float(same), "well" if same else "look", cause)
     if p.length is not None:
-        cause = f"{p.length} samples are too few: a model learns them by heart"
-        yield found("data size", p.length, under(p.length, 100), cause)
+        limit = getattr(p.recipe.data, "limit", None)
+        why = "" if limit is None else f", for data.limit = {limit} leaves out the others"
+        cause = f"{p.length} samples are too few: a model learns them by heart{why}"
+        yield found("data size", p.length, under(p.length, 100 if limit is None else 500), cause)
     if p.recipe.training.precision == "bfloat16" and p.jumps:
         drop = "answers are rounded to 8 bits, and neighbors on a fine grid differ by less"
         yield found("precision", 8, "look", f"precision is bfloat16: {drop}")
@@ -353,12 +361,43 @@ def teacher(p: Patient) -> Iterator[Finding]:
     yield found("teacher answers", skill.slope, poor, cause, remedy)
     if skill.learned is not None:
         yield found("teacher learned", skill.learned, under(skill.learned, 0.1, 0.1), cause, remedy)
-    if p.jumps:  # there its walk begins, whose first steps no later ones make good
-        top, known = p.range.sigma_max, theirs.recipe.noise_range.sigma_max
-        off = p.errors(theirs.model, p.asked, [top])[0][0]
-        cause = f"the teacher does not know sigma {top:g}, where its walk begins"
-        cause += f": it was made for sigma up to {known:g}" if known < top else ""
-        yield found("teacher top", off, over(off, 2), cause, remedy)
+
+
+def teacher_samples(p: Patient) -> Iterator[Finding]:
+    """Whether the teacher's own samples are like the data, walked from where the student begins."""
+    if p.recipe.teacher is None or not p.jumps:
+        return
+    theirs, top = p.at_hand, p.range.sigma_max
+    if isinstance(theirs.recipe.objective, ProgressiveDistillation):
+        return  # it knows few levels, which is told elsewhere
+    x = top * normal(p.asked.x, seeded("doctor", "teacher"))
+    walked = ode_sample(theirs.model, x, p.range, p.asked.label, levels=40)
+    off, bad = unlike(walked, p.asked.x, 0.003, 0.015)
+    known = theirs.recipe.noise_range.sigma_max
+    cause = "the teacher's own samples are not distributed as the data"
+    if known < top:
+        cause += f": it was made for sigma up to {known:g}, and its walk begins at {top:g}"
+    elif theirs.record.get("data_sha256") != p.run.record.get("data_sha256"):
+        cause += f": it was {_other_data(p)}"
+    yield found("teacher samples", off, bad, cause, f"Examine it: cmbook doctor {theirs.folder}")
+
+
+def unlabelled(p: Patient) -> Iterator[Finding]:
+    """Whether the teacher can answer without a label, as guidance asks it to."""
+    if p.recipe.guidance in (0, 1) or not p.classes:
+        return
+    theirs = p.at_hand
+    batch = Batch(p.asked.x, None)
+    learned = p.skill(theirs.model, theirs.recipe, batch).learned
+    if learned is None:
+        return
+    dropout = getattr(theirs.recipe.network, "label_dropout", 0.0)
+    cause = (
+        "the teacher's answer without a label, which guidance moves away from, is hardly trained: "
+        f"it was made with network.label_dropout = {dropout:g}"
+    )
+    remedy = "Train a teacher with network.label_dropout = 0.1"
+    yield found("teacher unlabelled", learned, under(learned, 0.5, 0.2), cause, remedy)
 
 
 def _other_data(p: Patient) -> str:

@@ -9,15 +9,27 @@ from cmbook import experiment
 from cmbook.doctor.findings import Finding, found, over
 from cmbook.doctor.patient import Patient
 from cmbook.experiment import Experiment
+from cmbook.losses import (
+    EDM,
+    ContinuousDistillation,
+    ContinuousTraining,
+    ProgressiveDistillation,
+)
 
 FAR = 6.0  # times what published recipes have, or a fraction of it
+_FAR = {"objective.sigma_law.std": 2.0}  # its levels are those of e to this power
 # Of others it matters little what was taken, or another check measures what they do.
 _JUDGED = (
     *("objective.weight", "objective.distance.c", "objective.curriculum.", "objective.decay"),
+    "objective.levels",
     *("objective.sigma_law.", "noise_range.sigma_min", "noise_range.sigma_max"),
-    "training.optimizer.lr",
+    *("network.width", "network.depth", "network.channels", "network.time_scale"),
+    *("network.dropout", "network.label_dropout"),
+    *("training.optimizer.lr", "training.batch_size", "training.average_decay"),
 )
-_NEAR_ONE = ("decay", "start_decay")
+_NEAR_ONE = ("decay", "start_decay", "average_decay")
+# Answers are means only if the distance is L2; consistency may be measured by any.
+_MEANS = (EDM, ProgressiveDistillation, ContinuousDistillation, ContinuousTraining)
 
 
 def settings(p: Patient) -> Iterator[Finding]:
@@ -40,9 +52,13 @@ def _comes_near(name: str, value: Any, known: set[Any]) -> bool:
         return value in known
     if name.split(".")[-1] in _NEAR_ONE:
         value, numbers = 1 - value, [1 - each for each in numbers]
+    numbers = [each for each in numbers if each]
+    if not numbers:
+        return True  # nobody else has any
     if min(numbers) < 0 or value < 0:  # a logarithm
         return bool(min(numbers) - 1 <= value <= max(numbers) + 1)
-    return bool(min(numbers) / FAR <= value <= max(numbers) * FAR)
+    far = _FAR.get(name, FAR)
+    return bool(min(numbers) / far <= value <= max(numbers) * far)
 
 
 @cache
@@ -60,4 +76,7 @@ def _usual(kind: str) -> dict[str, set[Any]]:
 def _judged(recipe: Experiment) -> dict[str, Any]:
     """Its settings that are judged."""
     every = experiment.settings(recipe).items()
-    return {k: v for k, v in every if k.startswith(_JUDGED) and not k.endswith(".kind")}
+    judged = {k: v for k, v in every if k.startswith(_JUDGED) and not k.endswith(".kind")}
+    if isinstance(recipe.objective, _MEANS):
+        judged["objective.distance"] = type(recipe.objective.distance).__name__
+    return judged

@@ -1,0 +1,288 @@
+"""Data of two kinds: some that are unlike the others, or all unlike what was held out."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cmbook.doctor.findings import Finding, Verdict, found, over
+from cmbook.doctor.patient import Patient, Undone
+from cmbook.noise import normal, seeded, shuffled
+from cmbook.protocols import Samples
+
+View = Callable[[Tensor], Tensor]
+MOST = 2**22  # numbers of each of two sets that are compared
+
+
+def views(p: Patient) -> dict[str, View]:
+    """What people show in place of samples, by its name; "samples are shown ...".
+
+    Source: ours.
+    """
+    shape = p.seen.x.shape[1:]
+    seen: dict[str, View] = {
+        "in [0, 1] and not in [-1, 1]": lambda x: (x + 1) / 2,
+        "in [0, 255] and not in [-1, 1]": lambda x: 127.5 * (x + 1),
+        "as if they were in [0, 1], scaled to [-1, 1] a second time": lambda x: 2 * x - 1,
+        "scaled to a standard deviation of 1": lambda x: x / p.std,
+        "scaled to a standard deviation of 0.5": lambda x: x / (2 * p.std),
+        "without their mean": lambda x: x - p.seen.x.mean(0),
+        "half as large": lambda x: x / 2,
+        "twice as large": lambda x: 2 * x,
+        "as negatives": torch.neg,
+        "with noise of 0.1 in them": lambda x: x + 0.1 * normal(x, seeded("doctor", "grain")),
+    }
+    if len(shape) == 1 and shape[0] > 1:
+        seen["with their coordinates in the other order"] = lambda x: x.flip(-1)
+    return seen | (pictured(shape[0], shape[1] == shape[2]) if len(shape) == 3 else {})
+
+
+def pictured(channels: int, square: bool) -> dict[str, View]:
+    """What they show in place of pictures.
+
+    Source: ours.
+    """
+    seen: dict[str, View] = {
+        "mirrored": lambda x: x.flip(-1),
+        "upside down": lambda x: x.flip(-2),
+        "turned by 180 degrees": lambda x: x.flip(-1, -2),
+        "moved by a pixel": lambda x: x.roll(1, -1),
+        "moved by half a picture": lambda x: x.roll(x.shape[-1] // 2, -1),
+        "blurred": _blurred,
+        "darkened, as by a wrong gamma": lambda x: 2 * ((x + 1) / 2).clamp(0, 1).pow(2.2) - 1,
+        "brightened, as by a wrong gamma": lambda x: 2 * ((x + 1) / 2).clamp(0, 1).pow(0.45) - 1,
+    }
+    if square:
+        seen |= {
+            "transposed": lambda x: x.transpose(-1, -2),
+            "turned by 90 degrees": lambda x: x.rot90(1, (-2, -1)),
+            "turned by 270 degrees": lambda x: x.rot90(-1, (-2, -1)),
+        }
+    if channels > 1:
+        seen |= {
+            "with their channels in the other order": lambda x: x.flip(1),
+            "in gray": lambda x: x.mean(1, keepdim=True).expand_as(x),
+        }
+    return seen
+
+
+def _blurred(x: Tensor) -> Tensor:
+    """The mean of nine pixels, with the outermost repeated."""
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+    return torch.nn.functional.avg_pool2d(padded, 3, 1)
+
+
+# ── all, beside what was held out ──
+
+
+def apart(x: Samples, y: Samples) -> float:
+    r"""Energy distance of two sets of samples, over the mean distance between them.
+
+    It is 0 on average for two sets of the same law, and 1 for two points.
+
+    Source: Székely and Rizzo (2013).
+    """
+    x, y = x.flatten(1).double(), y.flatten(1).double()
+    between = float(torch.cdist(x, y).mean())
+    within = sum(float(torch.cdist(a, a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y))
+    return (2 * between - within) / max(2 * between, 1e-300)
+
+
+def unlike(x: Samples, y: Samples, look: float, ill: float) -> tuple[float, Verdict]:
+    """The same, and whether it is more than chance and a limit.
+
+    Source: ours.
+    """
+    both, off = torch.cat([x, y.to(x)]), apart(x, y)
+    orders = (shuffled(len(both), seeded("doctor", "order", i)) for i in range(5))
+    chance = 3 * max(apart(*both[order].tensor_split([len(x)])) for order in orders)
+    return off, over(off, chance + look, chance + ill)
+
+
+def held_out(p: Patient) -> Iterator[Finding]:
+    """Whether the data are like those that were held out."""
+    if p.data is None:
+        raise Undone(p.missing)
+    try:
+        others = p.data.held_out().x
+    except ValueError as why:
+        raise Undone("nothing was held out to compare the data with") from why
+    n = min(1024, len(p.seen.x), len(others), max(128, MOST // p.seen.x[0].numel()))
+    if n < 64:
+        raise Undone("too few samples were held out to compare the data with")
+    x = p.seen.x[:n]
+    y = others[shuffled(len(others), seeded("doctor", "others"))[:n]]
+    off, bad = unlike(x, y, 0.001, 0.01)
+    how = ""
+    if bad != "well":
+        how = _explained(p, x, y, off)
+    cause = f"the training samples are not like those held out{how}"
+    yield found("held out", off, bad, cause)
+
+
+def _explained(p: Patient, x: Samples, y: Samples, off: float) -> str:
+    """How those held out would have to be shown to be like the others."""
+    scores = dict[str, float]()
+    for name, view in views(p).items():
+        seen = view(y)
+        scores[f"all are as if shown {name}"] = apart(x, seen)
+        for share in (0.5, 0.25):
+            k = int(share * len(y))
+            scores[f"about {share:.0%} are as if shown {name}"] = apart(
+                x, torch.cat([seen[:k], y[k:]])
+            )
+    best = min(scores, key=scores.__getitem__)
+    return f": {best}" if scores[best] < off / 3 else ""
+
+
+# ── some, beside the others ──
+
+
+def placeholders(p: Patient) -> Iterator[Finding]:
+    """One sample again and again, or one value where others differ."""
+    x = p.seen.x.flatten(1)
+    if not bool(x.isfinite().all()):
+        return
+    _, counts = x.unique(dim=0, return_counts=True)
+    top, second = [*counts.topk(min(2, len(counts))).values.tolist(), 0][:2]
+    share = top / len(x) if top > max(5 * second, 4) else 0.0
+    cause = f"{share:.1%} of the samples are one and the same: a placeholder, or missing values"
+    yield found("data placeholder", share, over(share, 0.005, 0.02), cause)
+    if p.seen.x.ndim == 2 and len(x) >= 200:
+        yield _atoms(x)
+
+
+def _atoms(x: Tensor) -> Finding:
+    """The value that a coordinate has most often, where it has hardly any other twice."""
+    most, where, at = 0.0, 0, 0.0
+    for i, column in enumerate(x.T):
+        values, counts = column.unique(return_counts=True)
+        top = counts.topk(min(2, len(counts))).values.tolist()
+        if len(top) == 2 and top[0] > max(10 * top[1], 4) and top[0] / len(x) > most:
+            most, where, at = top[0] / len(x), i, float(values[counts.argmax()])
+    cause = f"coordinate {where} is {at:.3g} in {most:.1%} of the samples: missing values"
+    return found("data missing", most, over(most, 0.005, 0.02), cause)
+
+
+def pictures(p: Patient) -> Iterator[Finding]:
+    """Pictures that are unlike the others, or put together from parts."""
+    x = p.seen.x.double()
+    if x.ndim == 4 and min(x.shape[2:]) >= 8 and bool(x.isfinite().all()):
+        yield from odd_pictures(x)
+
+
+def odd_pictures(x: Tensor) -> Iterator[Finding]:
+    """The same of a batch of them.
+
+    Source: ours.
+    """
+    cut = cut_off(x)
+    cause = f"{cut:.0%} of the pictures are cut off: they end in one flat color"
+    yield found("data cut off", cut, over(cut, 0.03, 0.06), cause)
+    if x.shape[1] == 3:
+        gray = float(((x - x.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 0.01).double().mean())
+        some = gray if gray < 0.95 else 0.0
+        cause = f"{some:.0%} of the pictures are gray, the others in color"
+        yield found("data gray", some, over(some, 0.1), cause)
+
+    marked = max(map(_stamped, _corners(x)))
+    cause = f"{marked:.0%} of the pictures have the same thing in one corner: a mark, or a logo"
+    yield found("data stamp", marked, over(marked, 0.05), cause)
+    share, how = kinds(x)
+    cause = f"the pictures are of two kinds: {share:.0%} of them differ from the others in {how}"
+    yield found("data kinds", share, over(share, 0.0), cause)
+    seam = max(_seam(x), _seam(x.transpose(-1, -2)))
+    cause = "all pictures have a seam at the same place: put together from parts, or moved around"
+    yield found("data seam", seam, over(seam, 1.7), cause)
+
+
+def _corners(x: Tensor) -> tuple[Tensor, ...]:
+    k = max(2, x.shape[-1] // 4)
+    return x[..., :k, :k], x[..., :k, -k:], x[..., -k:, :k], x[..., -k:, -k:]
+
+
+def _stamped(corner: Tensor) -> float:
+    """The share of pictures that have the same there, if that is no flat color."""
+    rows = corner.flatten(1)
+    some = rows[rows.std(1) > 0.1]
+    if len(some) < 8:
+        return 0.0
+    _, counts = some.unique(dim=0, return_counts=True)
+    top, second = [*counts.topk(min(2, len(counts))).values.tolist(), 0][:2]
+    return float(top) / len(rows) if top > 5 * second else 0.0
+
+
+def kinds(x: Tensor) -> tuple[float, str]:
+    """The smaller share of pictures, if they are of two kinds, and in what these differ.
+
+    Source: Otsu (1979), for where to divide.
+    """
+    flat = x.flatten(1)
+    edge = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
+    grays = torch.tensor([float(len(row.unique())) for row in flat]).double().log()
+    looks = {
+        "how many values their pixels have: noise, blur or compression": (grays, 8.0, 0.1),
+        "their brightest pixel": (flat.amax(1), 30.0, 0.3),
+        "their darkest pixel": (flat.amin(1), 30.0, 0.3),
+        "their edges: frames": (edge.mean(1), 30.0, 0.3),
+    }
+    for what, (value, least, gap) in looks.items():
+        apart, between, share = _divided(value)
+        if apart > least and between > gap:
+            return share, what
+    return 0.0, ""
+
+
+def _divided(value: Tensor) -> tuple[float, float, float]:
+    """Of numbers that are best divided in two: the gap over the spread, itself, and the share."""
+    v, n = value.sort().values, len(value)
+    k = torch.arange(1, n, dtype=v.dtype)
+    low, squares = v.cumsum(0), v.square().cumsum(0)
+    one, other = low[:-1] / k, (low[-1] - low[:-1]) / (n - k)
+    spread = (squares[:-1] / k - one**2).clamp(min=0) + (
+        (squares[-1] - squares[:-1]) / (n - k) - other**2
+    ).clamp(min=0)
+    share = torch.minimum(k, n - k) / n
+    floor = 1e-3 * max(float(v.std()), 1e-9)
+    gap = torch.where(share > 0.05, (other - one) / (spread / 2).sqrt().clamp(min=floor), 0.0)
+    best = int(gap.argmax())
+    return float(gap[best]), float(other[best] - one[best]), float(share[best])
+
+
+def _seam(x: Tensor) -> float:
+    """How much more two columns differ somewhere than the pairs beside them."""
+    differ = (x[..., 1:] - x[..., :-1]).abs().mean((0, 1, 2))
+    beside = torch.maximum(differ[:-2], differ[2:]).clamp(min=0.1 * float(differ.mean()))
+    return float((differ[1:-1] / beside.clamp(min=1e-12)).max())
+
+
+def cut_off(x: Tensor) -> float:
+    """The share of pictures with a side of one flat color, which the opposite side hardly has.
+
+    Source: ours.
+    """
+    k, most = x.shape[-1] // 4, 0.0
+    inner = x[x.flatten(1).std(1) > 0.02]
+    if not len(inner):
+        return 0.0
+    edge = torch.cat([inner[..., [0, -1], :], inner[..., [0, -1]].mT], -1)
+    pairs = (
+        (inner[..., -k:, :], inner[..., :k, :]),
+        (inner[..., -k:], inner[..., :k]),
+    )
+    for one, other in pairs:
+        here, there = _flat(one), _flat(other)
+        for color in here.keys() | there.keys():
+            low, high = sorted((here.get(color, 0), there.get(color, 0)))
+            near = (edge - torch.tensor(color, dtype=x.dtype).view(-1, 1, 1) / 20).abs() < 0.05
+            background = float(near.all(1).double().mean()) - high / len(inner)
+            if high >= 4 * low and background < 0.3:
+                most = max(most, high / len(inner))
+    return most
+
+
+def _flat(side: Tensor) -> dict[tuple[int, ...], int]:
+    """How many are of one color, and of which."""
+    flat = (side.amax((2, 3)) - side.amin((2, 3))).amax(1) < 0.02
+    colors, counts = (20 * side[flat].mean((2, 3))).round().long().unique(dim=0, return_counts=True)
+    return {tuple(color): n for color, n in zip(colors.tolist(), counts.tolist(), strict=True)}
