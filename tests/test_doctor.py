@@ -600,7 +600,14 @@ def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
     seen = {f.check.removeprefix("teacher ") for n in CASES for f in clinic.diagnosis(n).findings}
     assert seen <= set(doctor.NORMS)
     # The digits are gray, not read from files, and nobody is guided. Steps are taken anew.
-    apart = {"data channels", "data gray", "flip", "loss again", "gradient again"}
+    apart = {
+        "data channels",
+        "data gray",
+        "data channel copies",
+        "flip",
+        "loss again",
+        "gradient again",
+    }
     assert set(doctor.NORMS) - seen <= apart
 
 
@@ -731,6 +738,8 @@ def test_colors_and_seams_are_told():
 
     assert {verdict for verdict, _ in told(x).values()} == {"well"}
     assert told(gray)["data gray"] == ("look", 0.25)
+    assert told(x[:, [0, 1, 0]])["data channel copies"] == ("ill", 1)
+    assert told(x[:, :1].expand(-1, 3, -1, -1))["data channel copies"] == ("well", 0)
     assert told(x.roll(6, -1))["data seam"][0] == "look"
     assert told(x.roll(6, -2))["data seam"][0] == "look"
 

@@ -50,6 +50,21 @@ def test_the_output_has_the_shape_of_the_input(network, shape):
     assert built(network, shape)(x, torch.zeros(3), None).shape == x.shape
 
 
+SMALLEST = [(MLP(width=32, depth=1), (2,)), (ResidualMLP(width=32, depth=1), (1, 8, 8))]
+
+
+@pytest.mark.parametrize(("network", "shape"), [*ALL, *SMALLEST])
+def test_every_weight_is_heard(network, shape):
+    """Of sigma, of the label, and of every layer, however few there are."""
+    module = built(network, shape, classes=3)
+    x = normal(torch.empty(3, *shape), seeded(0))
+    module(x, torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([0, 1, 2])).square().sum().backward()
+    deaf = [
+        name for name, w in module.named_parameters() if w.grad is None or not bool(w.grad.any())
+    ]
+    assert not deaf
+
+
 @pytest.mark.parametrize(("network", "shape"), ALL)
 def test_a_network_runs_without_numbers(network, shape):
     """On the meta device, where shapes of the largest networks are found in a second."""

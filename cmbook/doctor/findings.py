@@ -59,6 +59,7 @@ NORMS = {
     "data placeholder": Norm("share of one and the same sample: 0", "Leave it out"),
     "data missing": Norm("share of one value of a coordinate: 0", "Leave these out"),
     "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
+    "data channel copies": Norm("pairs of channels that are always equal: 0", _PICTURES),
     "data gray": Norm("share of gray ones among colored: below 0.1", _PICTURES, "suspicion"),
     "data stamp": Norm("share with the same in one corner: 0", _PICTURES, "suspicion"),
     "data kinds": Norm("share of pictures of another kind: 0", _PICTURES, "suspicion"),

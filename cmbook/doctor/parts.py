@@ -1,6 +1,7 @@
 """Data of two kinds: some that are unlike the others, or all unlike what was held out."""
 
 from collections.abc import Callable, Iterator
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -185,6 +186,8 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
         cause = f"{some:.0%} of the pictures are gray, the others in color"
         yield found("data gray", some, over(some, 0.1), cause)
 
+    if x.shape[1] > 2:
+        yield _copied_channels(x)
     marked = max(map(_stamped, _corners(x)))
     cause = f"{marked:.0%} of the pictures have the same thing in one corner: a mark, or a logo"
     yield found("data stamp", marked, over(marked, 0.05), cause)
@@ -194,6 +197,16 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
     seam = max(_seam(x), _seam(x.transpose(-1, -2)))
     cause = "all pictures have a seam at the same place: put together from parts, or moved around"
     yield found("data seam", seam, over(seam, 1.7), cause)
+
+
+def _copied_channels(x: Tensor) -> Finding:
+    """Whether two channels are equal in all pictures, and others are not."""
+    pairs = [*combinations(range(x.shape[1]), 2)]
+    same = [(i, j) for i, j in pairs if float((x[:, i] - x[:, j]).abs().max()) < 0.01]
+    some = same if len(same) < len(pairs) else []  # all alike are pictures in gray
+    said = " and ".join(map(str, some[0])) if some else ""
+    cause = f"channels {said} are equal in all pictures: one is a copy, and a color is lost"
+    return found("data channel copies", len(some), "ill" if some else "well", cause)
 
 
 def _corners(x: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from cmbook.protocols import Labels, PerSample, Samples
 
 @dataclass(frozen=True)
 class MLP:
-    """A few wide layers; σ and the class are added before each.
+    """A few wide layers; σ and the class are added before each but the last.
 
     Attributes:
         width: Of every hidden layer.
@@ -66,6 +66,8 @@ class MLPModule(nn.Module):
         h = self.inlet(x.flatten(1))
         for layer in self.hidden:
             h = layer(nn.functional.silu(h + told))
+        if not self.hidden:  # the last layer is the only one that can be told
+            h = h + told
         return cast(Tensor, self.outlet(nn.functional.silu(h))).view_as(x)
 
 
