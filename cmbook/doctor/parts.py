@@ -6,6 +6,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from cmbook.data import ImageData
+from cmbook.data.images import images
 from cmbook.doctor.findings import Finding, Verdict, found, over
 from cmbook.doctor.patient import Patient, Undone
 from cmbook.noise import normal, seeded, shuffled
@@ -102,23 +104,36 @@ def unlike(x: Samples, y: Samples, look: float, ill: float) -> tuple[float, Verd
 
 def held_out(p: Patient) -> Iterator[Finding]:
     """Whether the data are like those that were held out."""
-    if p.data is None:
-        raise Undone(p.missing)
-    try:
-        others = p.data.held_out().x
-    except ValueError as why:
-        raise Undone("nothing was held out to compare the data with") from why
-    n = min(1024, len(p.seen.x), len(others), max(128, MOST // p.seen.x[0].numel()))
+    y = _aside(p, max(128, MOST // p.seen.x[0].numel()))
+    n = min(1024, len(p.seen.x), len(y))
     if n < 64:
         raise Undone("too few samples were held out to compare the data with")
-    x = p.seen.x[:n]
-    y = others[shuffled(len(others), seeded("doctor", "others"))[:n]]
+    x, y = p.seen.x[:n], y[:n]
     off, bad = unlike(x, y, 0.001, 0.01)
     how = ""
     if bad != "well":
         how = _explained(p, x, y, off)
     cause = f"the training samples are not like those held out{how}"
     yield found("held out", off, bad, cause)
+
+
+def _aside(p: Patient, most: int) -> Samples:
+    """At most so many of those held out, as training would show them."""
+    if p.data is None:
+        raise Undone(p.missing)
+    generator = seeded("doctor", "others")
+    if not isinstance(p.data, ImageData):
+        try:
+            x = p.data.held_out().x
+        except ValueError as why:
+            raise Undone("nothing was held out to compare the data with") from why
+        return x[shuffled(len(x), generator)[:most]]
+    if p.data.aside is None:
+        raise Undone("nothing was held out to compare the data with")
+    x = images(p.data.aside, shuffled(len(p.data.aside), generator)[:most]).x  # all may be many
+    if p.data.flip:
+        x[::2] = x[::2].flip(-1)
+    return x
 
 
 def _explained(p: Patient, x: Samples, y: Samples, off: float) -> str:
