@@ -742,6 +742,9 @@ def test_colors_and_seams_are_told():
     assert told(gray)["data gray"] == ("look", 0.25)
     assert told(x[:, [0, 1, 0]])["data channel copies"] == ("ill", 1)
     assert told(x[:, :1].expand(-1, 3, -1, -1))["data channel copies"] == ("well", 0)
+    lost = x.clone()
+    lost[:, :, 7] = 0
+    assert told(lost)["data dead pixels"] == ("ill", 14)
     assert told(x.roll(6, -1))["data seam"][0] == "look"
     assert told(x.roll(6, -2))["data seam"][0] == "look"
 

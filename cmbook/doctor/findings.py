@@ -61,6 +61,7 @@ NORMS = {
     "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
     "data channel copies": Norm("pairs of channels that are always equal: 0", _PICTURES),
     "data gray": Norm("share of gray ones among colored: below 0.1", _PICTURES, "suspicion"),
+    "data dead pixels": Norm("pixels that never change amid others that do: 0", _PICTURES),
     "data stamp": Norm("share with the same in one corner: 0", _PICTURES, "suspicion"),
     "data kinds": Norm("share of pictures of another kind: 0", _PICTURES, "suspicion"),
     "data seam": Norm("difference at a seam, over that beside it: near 1", _PICTURES, "suspicion"),

@@ -203,6 +203,9 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
 
     if x.shape[1] > 2:
         yield _copied_channels(x)
+    dead = _dead(x)
+    cause = f"{dead} pixels never change, though those around them do: a dead line, or a lost row"
+    yield found("data dead pixels", dead, over(dead, 0, 0), cause)
     marked = max(map(_stamped, _corners(x)))
     cause = f"{marked:.0%} of the pictures have the same thing in one corner: a mark, or a logo"
     yield found("data stamp", marked, over(marked, 0.05), cause)
@@ -212,6 +215,16 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
     seam = max(_seam(x), _seam(x.transpose(-1, -2)))
     cause = "all pictures have a seam at the same place: put together from parts, or moved around"
     yield found("data seam", seam, over(seam, 1.7), cause)
+
+
+def _dead(x: Tensor) -> int:
+    """How many inner pixels never change, between neighbors that do."""
+    varies = x.std(0, correction=0).mean(0)
+    rows = torch.minimum(varies[:-2, 1:-1], varies[2:, 1:-1])
+    columns = torch.minimum(varies[1:-1, :-2], varies[1:-1, 2:])
+    around = torch.maximum(rows, columns)
+    still = (varies[1:-1, 1:-1] < 0.02 * around) & (around > 0.2 * varies.median())
+    return int(still.sum())
 
 
 def _copied_channels(x: Tensor) -> Finding:

@@ -95,8 +95,9 @@ def steps_anew(p: Patient) -> Iterator[Finding]:
 def averages_anew(p: Patient) -> Iterator[Finding]:
     """Whether the average is what its decay makes of the student, from the checkpoint before."""
     span, decay = _spans(p)[-1], p.run.average
-    begin = 0 if span.start is None else _step(span.start)
-    if "student" not in p.weights or not 0 < p.run.step - begin <= _reach(p) / 3:
+    if span.start is None or "student" not in p.weights:
+        raise Undone("there is no checkpoint before the last")
+    if p.run.step - _step(span.start) > _reach(p) / 3:
         raise Undone("its steps take too long here")
     strayed, (off,) = _averaged(p, span.start, [lambda k: decay])
     cause = f"the weights of step {p.run.step} are not those that its steps lead to"
