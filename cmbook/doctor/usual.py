@@ -27,6 +27,8 @@ _JUDGED = (
     *("network.dropout", "network.label_dropout"),
     *("training.optimizer.lr", "training.batch_size", "training.average_decay"),
 )
+# What suits depends on the data, too.
+_SIZED = ("training.optimizer.lr", "network.width", "objective.levels")
 _NEAR_ONE = ("decay", "start_decay", "average_decay")
 # Answers are means only if the distance is L2; consistency may be measured by any.
 _MEANS = (EDM, ProgressiveDistillation, ContinuousDistillation, ContinuousTraining)
@@ -34,13 +36,17 @@ _MEANS = (EDM, ProgressiveDistillation, ContinuousDistillation, ContinuousTraini
 
 def settings(p: Patient) -> Iterator[Finding]:
     """Which settings are far from those of all recipes with this objective."""
-    usual, odd = _usual(type(p.recipe.objective).__name__), list[str]()
-    if not usual:
+    kind, odd = type(p.recipe.objective).__name__, list[str]()
+    if not _usual(kind):
         return  # a method from outside
     for name, value in _judged(p.recipe).items():
-        if (known := usual.get(name)) and not _comes_near(name, value, known):
-            these = ", ".join(map(str, sorted(known, key=str)[:6]))
-            odd.append(f"{name} = {value} (published recipes: {these})")
+        for data in ("", type(p.recipe.data).__name__):
+            known = _usual(kind, data).get(name)
+            if known and (not data or name in _SIZED) and not _comes_near(name, value, known):
+                these = ", ".join(map(str, sorted(known, key=str)[:6]))
+                whose = f"recipes for {data}" if data else "published recipes"
+                odd.append(f"{name} = {value} ({whose}: {these})")
+                break
     cause = f"unusual settings: {'; '.join(odd)}"
     yield found("settings", len(odd), over(len(odd), 0), cause)
 
@@ -62,12 +68,12 @@ def _comes_near(name: str, value: Any, known: set[Any]) -> bool:
 
 
 @cache
-def _usual(kind: str) -> dict[str, set[Any]]:
-    """The values that the recipes of an objective have, by the names of settings."""
+def _usual(kind: str, data: str = "") -> dict[str, set[Any]]:
+    """The values that the recipes of an objective have, for some data, by the names of settings."""
     values = defaultdict[str, set[Any]](set)
     for name in experiment.recipes():
         recipe = experiment.loads(experiment.recipe_text(name))
-        if type(recipe.objective).__name__ == kind:
+        if type(recipe.objective).__name__ == kind and data in ("", type(recipe.data).__name__):
             for setting, value in _judged(recipe).items():
                 values[setting].add(value)
     return dict(values)
