@@ -295,11 +295,13 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
 
     Source: ours.
     """
-    sick = any(f.verdict == "ill" and f.norm.role in ("symptom", "late") for f in findings)
+    bad = {f.norm.role for f in findings if f.verdict == "ill"}
+    sick = bool(bad & {"symptom", "late"})
+    surely = "symptom" in bad or (sick and not early)
     poor = any(f.verdict == "ill" and f.check == "teacher samples" for f in findings)
 
     def judged(f: Finding) -> Finding:
-        if sick and f.verdict == "look" and f.norm.role in ("suspicion", "vague"):
+        if f.verdict == "look" and {"suspicion": sick, "vague": surely}.get(f.norm.role):
             return replace(f, verdict="ill")
         if poor and f.verdict == "look" and f.check == "teacher itself":
             return replace(f, verdict="ill")
