@@ -298,6 +298,11 @@ def transposed(w):
     return w.T.contiguous() if w.ndim == 2 and len(set(w.shape)) == 1 else w
 
 
+def three_bits(w):
+    step = w.abs().max() / 3
+    return (w / step).round() * step
+
+
 def with_nan(w):
     w = w.clone()
     w.view(-1)[0] = torch.nan
@@ -357,6 +362,10 @@ BROKEN = {
     "teacher converted": Case(
         taught(BRIEF, teacher="converted"),
         "the teacher is ill: weights were changed after training.*weight is transposed",
+    ),
+    "teacher compressed": Case(
+        taught(BRIEF, teacher="compressed"),
+        "the teacher is ill: weights are rounded: a matrix has no more than [1-7] different values",
     ),
     "teacher hardly without labels": Case(
         replace(taught(BRIEF, teacher="rarely"), data=Toy("pinwheel", labelled=True), guidance=2.0),
@@ -430,6 +439,7 @@ ODD = {  # that need not be a fault
         replace(BRIEF, objective=EDM(distance=PseudoHuber())),
         "unusual settings: objective.distance = PseudoHuber .published recipes: L2",
     ),
+    "depth": Case(replace(BRIEF, network=MLP(32, 20)), "unusual settings: network.depth = 20"),
     "rho": Case(ranged(BRIEF, rho=1.0), "rho = 1 is unusual: .* among the largest"),
     "center": Case(BRIEF, "the data lie around 1.5, far from 0", points_as([0.3, 0.3], 1.5)),
     "scales": Case(BRIEF, "coordinates have other scales", points_as([1.0, 0.01], 0.0)),
@@ -454,6 +464,7 @@ TEACHERS = {
     "forty": Case(trains(DIGITS, steps=1500), fault=digits_as(forty)),
     "dropping": Case(replace(DIGITS, network=ResidualMLP(128, 2, 64, label_dropout=0.1))),
     "renumbered": Case(DIGITS, fault=digits_as(renumbered)),
+    "compressed": Case("edm", edit=edited(three_bits, "average")),
     "converted": Case("edm", edit=edited(transposed, "average")),
     "rarely": Case(
         replace(
@@ -679,6 +690,18 @@ def some_noisy(x, label):
     return TensorData(x, label)
 
 
+def some_on_their_side(x, label):
+    x = x.clone()
+    x[::3] = x[::3].rot90(-1, (-2, -1))
+    return TensorData(x, label)
+
+
+def some_standing_on_their_head(x, label):
+    x = x.clone()
+    x[::4] = x[::4].flip(-1, -2)
+    return TensorData(x, label)
+
+
 def stamped(x, label):
     x = x.clone()
     x[::3, :, -2:, -2:] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
@@ -707,6 +730,8 @@ def half_scaled(x, label):
         ("data negatives", some_negative, "are negatives of the others"),
         ("data placeholder", with_placeholders, "5.*% of the samples are one and the same"),
         ("data cut off", some_cut, "1.% of the pictures are cut off: they end in one flat color"),
+        ("data turned", some_on_their_side, "some of the pictures are turned by 270 degrees"),
+        ("data turned", some_standing_on_their_head, "some .* are turned by 180 degrees"),
         ("data stamp", stamped, "33% of the pictures have the same thing in one corner"),
         ("data kinds", some_noisy, "20% of them differ .* how many values their pixels have"),
         (

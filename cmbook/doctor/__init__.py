@@ -59,7 +59,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
     *(upstream.unlabelled, upstream.walk, upstream.teacher_samples),
-    *(history.kin, steps_anew, averages_anew),
+    *(history.values, history.kin, steps_anew, averages_anew),
     *(
         history.progress,
         history.moved,

@@ -20,7 +20,7 @@ from cmbook.losses import (
     ProgressiveDistillation,
     tangent,
 )
-from cmbook.noise import integers, seeded
+from cmbook.noise import PerImage, integers, seeded
 from cmbook.ode import velocity
 from cmbook.oracle import Dataset
 from cmbook.protocols import Batch, Denoiser
@@ -285,11 +285,14 @@ def _centers(x: Tensor, k: int) -> Tensor:
 
 def samples(p: Patient) -> Iterator[Finding]:
     """How far the samples are from the data, or from where a guided teacher walks."""
-    made = p.drawn[0]
-    real = p.seen.x if p.recipe.guidance == 1 else p.walked(p.walker)
-    if len(made) < 64 or not bool(made.isfinite().all()):
-        raise Undone("there are too few samples, or some are not finite")
-    off, bad = unlike(made, real[: len(made)], 0.003, 0.02)
+    if p.recipe.guidance == 1:
+        real = p.part(slice(p.many))
+        n = len(real.x)
+        made = p.run.sample(n, real.label, generator=PerImage(range(2 * n, 3 * n)))
+        off, bad = unlike(made, real.x, 0.002, 0.02)
+    else:
+        real = Batch(p.walked(p.walker), None)
+        off, bad = unlike(p.drawn[0], real.x, 0.002, 0.02)
     cause = "the samples are not distributed as the data"
     yield found("samples", off, bad, cause, LONGER)
 

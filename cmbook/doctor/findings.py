@@ -61,6 +61,9 @@ NORMS = {
     "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
     "data channel copies": Norm("pairs of channels that are always equal: 0", _PICTURES),
     "data gray": Norm("share of gray ones among colored: below 0.1", _PICTURES, "suspicion"),
+    "data turned": Norm(
+        "how foreign pictures are once turned, over how they are otherwise: about 1", _PICTURES
+    ),
     "data dead pixels": Norm("pixels that never change amid others that do: 0", _PICTURES),
     "data stamp": Norm("share with the same in one corner: 0", _PICTURES, "suspicion"),
     "data kinds": Norm("share of pictures of another kind: 0", _PICTURES, "suspicion"),
@@ -134,6 +137,10 @@ NORMS = {
     "kin": Norm(
         "share of matrices that resemble nothing they began as: 0",
         "Convert them anew, and compare answers before and after",
+    ),
+    "values": Norm(
+        "different values in a matrix, over its numbers: near 1",
+        "Take the weights as they were before they were compressed",
     ),
     "step size": Norm("a step of Adam over a weight: 0.001 to 0.1", _LOWER, "suspicion"),
     "moved": Norm(
@@ -211,7 +218,7 @@ NORMS = {
         "variance that noise makes, over the data's: 0.7 to 1.2, bad at 0.2", LONGER, "late"
     ),
     "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
-    "samples": Norm("energy distance to the data: below 0.003; bad from 0.02", LONGER, "late"),
+    "samples": Norm("energy distance to the data: below 0.002; bad from 0.02", LONGER, "late"),
     "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
     "agreement": Norm(
@@ -310,12 +317,10 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
         return f
 
     def rank(f: Finding) -> tuple[int, int]:
+        if f.verdict != "ill":  # what is odd about this run comes before what is about its teacher
+            return ("look", "well").index(f.verdict) + 1, f.check == "teacher itself"
         said = {"suspicion": 2, "vague": 3, "symptom": 4, "late": 4}.get(f.norm.role, 0)
-        if f.verdict == "ill" and f.check == "steps anew":
-            said = 1  # it is certain, if vague
-        if f.verdict == "look" and f.check == "teacher itself":
-            said = 3  # what is odd about this run comes first
-        return ("ill", "look", "well").index(f.verdict), said
+        return 0, 1 if f.check == "steps anew" else said  # that is certain, if vague
 
     return tuple(sorted(map(judged, findings), key=rank))
 

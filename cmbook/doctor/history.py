@@ -90,6 +90,20 @@ def moved(p: Patient) -> Iterator[Finding]:
     yield found("moved", way, under(way, 0.03, 0.003), cause)
 
 
+def values(p: Patient) -> Iterator[Finding]:
+    """Whether weights take many values, as those that were trained do."""
+    large = [w for w in p.weights["average"].values() if w.ndim > 1 and w.numel() >= 1024]
+    if p.run.step < 10:
+        raise Undone("so few steps leave few values")
+    large = [w for w in large if bool((w != w.flatten()[0]).any())]  # zeros may have been frozen
+    each = [w.unique().numel() for w in large]
+    shares = [n / w.numel() for n, w in zip(each, large, strict=True)]
+    least = min(shares, default=1.0)
+    few = min(each, default=0)
+    cause = f"weights are rounded: a matrix has no more than {few} different values"
+    yield found("values", least, under(least, 0.1, 0.1 if few <= 256 else 0.0), cause)
+
+
 def kin(p: Patient) -> Iterator[Finding]:
     """Whether every matrix still resembles what it began as, which training alone leaves."""
     first, now = p.weights.get("first"), p.weights["average"]

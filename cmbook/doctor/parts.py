@@ -1,5 +1,6 @@
 """Data of two kinds: some that are unlike the others, or all unlike what was held out."""
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from cmbook.data import ImageData
 from cmbook.data.images import images
-from cmbook.doctor.findings import Finding, Verdict, found, over
+from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.patient import Patient, Undone
 from cmbook.noise import normal, seeded, shuffled
 from cmbook.protocols import Samples
@@ -203,6 +204,9 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
 
     if x.shape[1] > 2:
         yield _copied_channels(x)
+    foreign, how = turned(x)
+    cause = f"some of the pictures are turned by {how} degrees: no more foreign to the others so"
+    yield found("data turned", foreign, under(foreign, 0.8, 0.65), cause)
     dead = _dead(x)
     cause = f"{dead} pixels never change, though those around them do: a dead line, or a lost row"
     yield found("data dead pixels", dead, over(dead, 0, 0), cause)
@@ -215,6 +219,33 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
     seam = max(_seam(x), _seam(x.transpose(-1, -2)))
     cause = "all pictures have a seam at the same place: put together from parts, or moved around"
     yield found("data seam", seam, over(seam, 1.7), cause)
+
+
+def turned(x: Tensor) -> tuple[float, str]:
+    """How foreign a quarter or half turn makes pictures, over what they are in other places.
+
+    Pictures that have a right way up are as foreign to the others on their side as upside down, or
+    more. If some of them lie on their side, those that stand find their like among them.
+
+    Source: ours.
+    """
+    if x.shape[2] != x.shape[3]:
+        return 1.0, ""
+    x = x[: max(256, min(1024, MOST // x[0].numel()))]
+    flat = x.flatten(1)
+    near = torch.cdist(flat, flat).fill_diagonal_(math.inf).amin(1)
+
+    def foreign(view: Tensor) -> float:
+        there = torch.cdist(view.flatten(1), flat).fill_diagonal_(math.inf).amin(1)
+        return float((near < 0.8 * there).double().mean())
+
+    mirrored, half = foreign(x.flip(-1)), foreign(x.flip(-1, -2))
+    quarters = {str(90 * k): foreign(x.rot90(k, (-2, -1))) for k in (3, 1)}
+    least = min(quarters, key=quarters.__getitem__)
+    if half > 0.3 and quarters[least] < 0.8 * half:
+        return quarters[least] / half, least
+    beside = min(mirrored, *quarters.values())
+    return (min(1.0, half / beside) if beside > 0.3 and half < 0.5 * beside else 1.0), "180"
 
 
 def _dead(x: Tensor) -> int:

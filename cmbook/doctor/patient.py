@@ -175,6 +175,11 @@ class Patient:
         return int(min(512, max(32, FLOPS // self.flops)))
 
     @cached_property
+    def many(self) -> int:
+        """The same for samples, of which small differences to the data are to be seen."""
+        return int(min(SAMPLES, len(self.seen.x), max(self.count, FLOPS / 8 / self.flops)))
+
+    @cached_property
     def moments(self) -> dict[str, Any]:
         """The optimizer's state, as the last checkpoint has it."""
         saved = checkpoints.checkpoints(self.run.folder / "checkpoints")

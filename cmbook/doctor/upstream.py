@@ -371,9 +371,10 @@ def teacher_samples(p: Patient) -> Iterator[Finding]:
     theirs, top = p.at_hand, p.range.sigma_max
     if isinstance(theirs.recipe.objective, ProgressiveDistillation):
         return  # it knows few levels, which is told elsewhere
-    x = top * normal(p.asked.x, seeded("doctor", "teacher"))
-    walked = ode_sample(theirs.model, x, p.range, p.asked.label, levels=40)
-    off, bad = unlike(walked, p.asked.x, 0.003, 0.015)
+    real = p.part(slice(p.many))
+    x = top * normal(real.x, seeded("doctor", "teacher"))
+    walked = ode_sample(theirs.model, x, p.range, real.label, levels=40)
+    off, bad = unlike(walked, real.x, 0.002, 0.015)
     known = theirs.recipe.noise_range.sigma_max
     cause = "the teacher's own samples are not distributed as the data"
     if known < top:

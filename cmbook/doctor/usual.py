@@ -17,7 +17,10 @@ from cmbook.losses import (
 )
 
 FAR = 6.0  # times what published recipes have, or a fraction of it
-_FAR = {"objective.sigma_law.std": 2.0}  # its levels are those of e to this power
+_FAR = {
+    "objective.sigma_law.std": 2.0,  # its levels are those of e to this power
+    "network.depth": 3.0,  # and signals, those of some number to this
+}
 # Of others it matters little what was taken, or another check measures what they do.
 _JUDGED = (
     *("objective.weight", "objective.distance.c", "objective.curriculum.", "objective.decay"),
