@@ -289,10 +289,10 @@ def samples(p: Patient) -> Iterator[Finding]:
         real = p.part(slice(p.many))
         n = len(real.x)
         made = p.run.sample(n, real.label, generator=PerImage(range(2 * n, 3 * n)))
-        off, bad = unlike(made, real.x, 0.002, 0.02)
+        off, bad = unlike(made, real.x, 0.003, 0.02)
     else:
         real = Batch(p.walked(p.walker), None)
-        off, bad = unlike(p.drawn[0], real.x, 0.002, 0.02)
+        off, bad = unlike(p.drawn[0], real.x, 0.003, 0.02)
     cause = "the samples are not distributed as the data"
     yield found("samples", off, bad, cause, LONGER)
 

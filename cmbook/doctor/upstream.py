@@ -374,7 +374,7 @@ def teacher_samples(p: Patient) -> Iterator[Finding]:
     real = p.part(slice(p.many))
     x = top * normal(real.x, seeded("doctor", "teacher"))
     walked = ode_sample(theirs.model, x, p.range, real.label, levels=40)
-    off, bad = unlike(walked, real.x, 0.002, 0.015)
+    off, bad = unlike(walked, real.x, 0.003, 0.015)
     known = theirs.recipe.noise_range.sigma_max
     cause = "the teacher's own samples are not distributed as the data"
     if known < top:
