@@ -286,15 +286,13 @@ def _centers(x: Tensor, k: int) -> Tensor:
 def samples(p: Patient) -> Iterator[Finding]:
     """How far the samples are from the data, or from where a guided teacher walks."""
     if p.recipe.guidance == 1:
-        real = p.part(slice(p.many))
-        n = len(real.x)
-        made = p.run.sample(n, real.label, generator=PerImage(range(2 * n, 3 * n)))
-        off, bad = unlike(made, real.x, 0.003, 0.02)
+        real, label = p.part(slice(p.many))
+        n, whose = len(real), "the data"
+        made = p.run.sample(n, label, generator=PerImage(range(2 * n, 3 * n)))
     else:
-        real = Batch(p.walked(p.walker), None)
-        off, bad = unlike(p.drawn[0], real.x, 0.003, 0.02)
-    cause = "the samples are not distributed as the data"
-    yield found("samples", off, bad, cause, LONGER)
+        made, real, whose = p.drawn[0], p.walked(p.walker), "what its guided teacher draws"
+    off, bad = unlike(made, real, 0.003, 0.02)
+    yield found("samples", off, bad, f"the samples are not distributed as {whose}", LONGER)
 
 
 def copies(p: Patient) -> Iterator[Finding]:

@@ -218,7 +218,11 @@ NORMS = {
         "variance that noise makes, over the data's: 0.7 to 1.2, bad at 0.2", LONGER, "late"
     ),
     "sample range": Norm("share of numbers far outside the data's: 0", LONGER, "late"),
-    "samples": Norm("energy distance to the data: below 0.003; bad from 0.02", LONGER, "late"),
+    "samples": Norm(
+        "energy distance to the data: below 0.003; bad from 0.02, a teacher's from 0.015",
+        LONGER,
+        "late",
+    ),
     "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
     "agreement": Norm(

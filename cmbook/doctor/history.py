@@ -84,7 +84,7 @@ def moved(p: Patient) -> Iterator[Finding]:
         if share == 1:
             cause = "the student is frozen: it never learned, all weights are as they began"
         yield found("frozen weights", share, over(share, 0.0, 0.2), cause)
-        way = _apart(now, first) / max(_norm(first), 1e-12)
+        way = way_between(now, first) / max(_norm(first), 1e-12)
     clip = "" if knobs.clip is None else f", or training.clip = {knobs.clip:g} leaves nothing"
     cause = f"the weights have hardly moved: learning rate {lr:g} is too low, the steps few{clip}"
     yield found("moved", way, under(way, 0.03, 0.003), cause)
@@ -317,14 +317,14 @@ def averages(p: Patient) -> Iterator[Finding]:
     average, target = p.weights["average"], p.weights.get("target")
     if student is None:
         raise Undone("the student's weights are not at hand, only its average")
-    if first is not None and (way := _apart(student, first)) > 0:
-        moves = _apart(average, first) / way
+    if first is not None and (way := way_between(student, first)) > 0:
+        moves = way_between(average, first) / way
         if p.run.step * (1 - p.run.average) > 1:  # by now it should have gone most of the way
             cause = "the average is frozen: it was not moved after each step"
             yield found("average moves", moves, under(moves, 0.3, 0.05), cause)
         if target is not None:
             # Whatever mu, a target that follows has gone most of the way, even if at a distance.
-            ratio, left = _apart(target, first) / way, _remembered(p)
+            ratio, left = way_between(target, first) / way, _remembered(p)
             why = f"mu is too near 1: it keeps {left:.0%} of the first weights"
             cause = f"the target does not move: {why if left > 0.5 else 'it is frozen'}"
             yield found("target moves", ratio, under(ratio, 0.5, 0.1), cause)
@@ -401,6 +401,9 @@ def _squared(tensors: Iterable[Tensor]) -> float:
     return sum(float(tensor.double().square().sum()) for tensor in tensors)
 
 
-def _apart(a: Weights, b: Weights) -> float:
-    """The distance of two sets of weights."""
+def way_between(a: Weights, b: Weights) -> float:
+    """The distance of two sets of weights.
+
+    Source: ours.
+    """
     return _norm({name: a[name].double() - b[name].double() for name in a})

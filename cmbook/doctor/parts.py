@@ -82,7 +82,8 @@ def _blurred(x: Tensor) -> Tensor:
 def apart(x: Samples, y: Samples) -> float:
     r"""Energy distance of two sets of samples, over the mean distance between them.
 
-    It is 0 on average for two sets of the same law, and 1 for two points.
+    It is 0 on average for two sets of the same law, and 1 for two points: unlike
+    `clouds.energy_distance` it pairs no sample with itself, and so it can be told from chance.
 
     Source: Székely and Rizzo (2013).
     """
@@ -111,9 +112,7 @@ def held_out(p: Patient) -> Iterator[Finding]:
         raise Undone("too few samples were held out to compare the data with")
     x, y = p.seen.x[:n], y[:n]
     off, bad = unlike(x, y, 0.001, 0.01)
-    how = ""
-    if bad != "well":
-        how = _explained(p, x, y, off)
+    how = "" if bad == "well" else _explained(p, x, y, off)
     cause = f"the training samples are not like those held out{how}"
     yield found("held out", off, bad, cause)
 
@@ -161,7 +160,7 @@ def placeholders(p: Patient) -> Iterator[Finding]:
     if not bool(x.isfinite().all()):
         return
     _, counts = x.unique(dim=0, return_counts=True)
-    top, second = [*counts.topk(min(2, len(counts))).values.tolist(), 0][:2]
+    top, second = _two_most(counts)
     share = top / len(x) if top > max(5 * second, 4) else 0.0
     cause = f"{share:.1%} of the samples are one and the same: a placeholder, or missing values"
     yield found("data placeholder", share, over(share, 0.005, 0.02), cause)
@@ -169,14 +168,20 @@ def placeholders(p: Patient) -> Iterator[Finding]:
         yield _atoms(x)
 
 
+def _two_most(counts: Tensor) -> tuple[int, int]:
+    """How often the most common comes, and the next."""
+    top, second = [*counts.sort(descending=True).values[:2].tolist(), 0][:2]
+    return top, second
+
+
 def _atoms(x: Tensor) -> Finding:
     """The value that a coordinate has most often, where it has hardly any other twice."""
     most, where, at = 0.0, 0, 0.0
     for i, column in enumerate(x.T):
         values, counts = column.unique(return_counts=True)
-        top = counts.topk(min(2, len(counts))).values.tolist()
-        if len(top) == 2 and top[0] > max(10 * top[1], 4) and top[0] / len(x) > most:
-            most, where, at = top[0] / len(x), i, float(values[counts.argmax()])
+        top, second = _two_most(counts)
+        if second and top > max(10 * second, 4) and top / len(x) > most:
+            most, where, at = top / len(x), i, float(values[counts.argmax()])
     cause = f"coordinate {where} is {at:.3g} in {most:.1%} of the samples: missing values"
     return found("data missing", most, over(most, 0.005, 0.02), cause)
 
@@ -201,11 +206,10 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
         some = gray if gray < 0.95 else 0.0
         cause = f"{some:.0%} of the pictures are gray, the others in color"
         yield found("data gray", some, over(some, 0.1), cause)
-
     if x.shape[1] > 2:
         yield _copied_channels(x)
     foreign, how = turned(x)
-    cause = f"some of the pictures are turned by {how} degrees: no more foreign to the others so"
+    cause = f"some of the pictures are turned by {how} degrees"
     yield found("data turned", foreign, under(foreign, 0.8, 0.65), cause)
     dead = _dead(x)
     cause = f"{dead} pixels never change, though those around them do: a dead line, or a lost row"
@@ -280,8 +284,8 @@ def _stamped(corner: Tensor) -> float:
     if len(some) < 8:
         return 0.0
     _, counts = some.unique(dim=0, return_counts=True)
-    top, second = [*counts.topk(min(2, len(counts))).values.tolist(), 0][:2]
-    return float(top) / len(rows) if top > 5 * second else 0.0
+    top, second = _two_most(counts)
+    return top / len(rows) if top > 5 * second else 0.0
 
 
 def kinds(x: Tensor) -> tuple[float, str]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import cmbook
 from cmbook import checkpoints
 from cmbook.doctor.findings import Finding, found, over
+from cmbook.doctor.history import way_between
 from cmbook.doctor.loop import Loop, Row
 from cmbook.doctor.patient import Patient, Undone
 from cmbook.doctor.slips import later, scaled, slips
@@ -129,30 +129,25 @@ def _other_decays(decay: float) -> dict[str, Callable[[int], float]]:
 
 
 def _averaged(
-    p: Patient, start: Path | None, decays: list[Callable[[int], float]]
+    p: Patient, start: Path, decays: list[Callable[[int], float]]
 ) -> tuple[float, list[float]]:
     """How far student and averages end from those of the last checkpoint, over the way there."""
     loop = Loop(p)
     loop.start = start
     loop.begin()
-    before = [w.detach().clone() for w in loop.student.parameters()]
+    before = {name: w.detach().clone() for name, w in loop.student.named_parameters()}
     began = loop.state.averages.get(p.run.average, loop.state.average)
     made, steps = [deepcopy(began) for _ in decays], range(loop.state.step, p.run.step)
     for k in tqdm(steps, "taking steps anew", leave=False, disable=None):
         loop.step(k)
         for average, decay in zip(made, decays, strict=True):
             blend(average, loop.student, decay(k))
-    names = [name for name, _ in loop.student.named_parameters()]
-    left, saved = ([p.weights[which][n] for n in names] for which in ("student", "average"))
-    way = max(_apart(left, before), 1e-30)
-    strayed = _apart([*loop.student.parameters()], left) / way
-    return strayed, [_apart([*average.parameters()], saved) / way for average in made]
-
-
-def _apart(one: list[Tensor], other: list[Tensor]) -> float:
-    with torch.no_grad():
-        pairs = zip(one, other, strict=True)
-        return math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
+    way = max(way_between(before, p.weights["student"]), 1e-30)
+    strayed, *offs = (
+        way_between(dict(model.named_parameters()), p.weights[which]) / way
+        for model, which in [(loop.student, "student"), *((each, "average") for each in made)]
+    )
+    return strayed, offs
 
 
 def _reach(p: Patient) -> float:
