@@ -401,6 +401,7 @@ def _squared(tensors: Iterable[Tensor]) -> float:
     return sum(float(tensor.double().square().sum()) for tensor in tensors)
 
 
+@torch.no_grad()
 def way_between(a: Weights, b: Weights) -> float:
     """The distance of two sets of weights.
 
