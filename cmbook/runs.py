@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import cmbook
-from cmbook import checkpoints, disk, doctor, experiment
+from cmbook import checkpoints, disk, doctor, experiment, sources
 from cmbook.board import Board, summary_writer
 from cmbook.data import Data, ImageData, TensorData, endless, fingerprint
 from cmbook.data.readers import MOST_CLASSES
@@ -49,6 +49,7 @@ from cmbook.training import Diverged, State, Step, check_shards, distilled, trai
 LOG_EVERY = 50
 _STUDENTS = Path(str(files("cmbook") / "students"))
 SHOWN = 64  # images on TensorBoard
+_FILES = ("checkpoints", "tensorboard", "log.csv", sources.NAME, "experiment.toml")  # the mark last
 
 
 class Interrupted(KeyboardInterrupt):
@@ -269,11 +270,12 @@ def _carry_out(
             return load(folder, device)
         if wish.resume:  # a run that has ended needs nothing more
             _prepare(recipe, student, processes)
+        changes, said = processes.on_main(lambda: _keep_code(folder, state.step, changes))
         text = processes.on_main(
             lambda: _record(folder, recipe, data, inputs, changes, device, processes.count)
         )
         if processes.is_main:
-            _warn([*notes, *doctor.warnings(recipe, data)])
+            _warn([*notes, *said, *doctor.warnings(recipe, data)])
         if teacher is not None:
             teacher.to(device)
             if knobs.teacher_precision == "bfloat16":
@@ -648,7 +650,7 @@ def clear(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("checkpoints", "tensorboard", "log.csv", "experiment.toml"):  # the mark goes last
+    for name in _FILES:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -736,6 +738,15 @@ def _check_same(
     since = f"from step {step} on: "
     said = [since + ", ".join(changes), *_rescaled(before, recipe, step)] if changes else []
     return [*told, since + ", ".join(changes + many)], said
+
+
+def _keep_code(folder: Path, step: int, changes: list[str]) -> tuple[list[str], list[str]]:
+    """Write down the code; what is another since a run was begun, for the record and to be said."""
+    names = sources.keep(folder)
+    if not (names and step):
+        return changes, []
+    said = f"from step {step} on: other code in {', '.join(names[:5])}" + " ..." * (len(names) > 5)
+    return [*changes, said], [said]
 
 
 def _moved(record: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -64,9 +64,9 @@ ABOVE = [
             "diffusers",
         )
     ],
-    *["experiment", "costs", "runs", "board", "reports", "pictures", "plotting", "demo"],
+    *["experiment", "costs", "sources", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
-ABOVE += [f"doctor.{name}" for name in ("findings", "patient", "history", "answers")]
+ABOVE += [f"doctor.{name}" for name in ("findings", "patient", "history", "answers", "code")]
 ABOVE += [f"doctor.{name}" for name in ("parts", "upstream", "usual", "replay", "loop", "slips")]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import cmbook
 from cmbook import (
     EDM,
     MLP,
@@ -42,6 +43,7 @@ from cmbook import (
     load,
     run,
     runs,
+    sources,
     training,
 )
 from cmbook.__main__ import main
@@ -501,6 +503,8 @@ class Clinic:
                 recipe = replace(recipe, teacher=str(self.folder(recipe.teacher)))
             with case.fault(), case.bug():
                 run(recipe, folder, progress=False)
+            if (case.fault, case.bug) != (nullcontext, nullcontext):
+                (folder / sources.NAME).unlink()  # it would tell of every bug, and of every mock
             case.edit(folder)
         return folder
 
@@ -531,6 +535,38 @@ def test_a_bug_is_named_even_where_no_step_can_be_taken_anew(clinic, name):
     with mock.patch.object(doctor, "CHECKS", checks):
         found = doctor.examine(clinic.folder(name))
     assert re.search(BROKEN[name].without or BROKEN[name].cause, found.headline), str(found)
+
+
+def never_quite(old):
+    """A mistake for which there is no slip: every third sample is shown twice as noisy."""
+
+    def noisy(x0, z, sigma):
+        sigma = sigma * (1 + (torch.arange(len(sigma)) % 3 == 0))
+        return old(x0, z, sigma)
+
+    return noisy
+
+
+def test_a_line_that_was_another_is_quoted(tmp_path):
+    with mock.patch.object(edm, "add_noise", never_quite(add_noise)):
+        run(trains(RING, steps=100), tmp_path / "run", progress=False)
+    found = doctor.examine(tmp_path / "run")
+    assert "losses.edm.add_noise had `sigma = sigma * (1 + (torch.arange" in found.headline
+    assert "in place of `cmbook.noise.add_noise`" in found.headline
+
+
+def test_a_line_that_changes_nothing_is_no_fault(tmp_path):
+    def noisy(x0, z, sigma):
+        return add_noise(x0, z, sigma)
+
+    with mock.patch.object(edm, "add_noise", noisy):
+        run(trains(RING, steps=100), tmp_path / "run", progress=False)
+    found = doctor.examine(tmp_path / "run")
+    (told,) = (f for f in found.findings if f.check == "code")
+    assert (told.verdict, told.measured) == ("look", 1)
+    with mock.patch.object(cmbook, "__version__", "9.0"):
+        elsewhere = doctor.examine(tmp_path / "run")
+    assert "another version" in elsewhere.skipped["code"]
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -30,7 +30,7 @@ FLOORS = {
     },
     4: {
         *["experiment", "costs", "runs", "doctor", "interop", "board", "reports", "pictures"],
-        "plotting",
+        *["plotting", "sources"],
     },
     5: {"demo", "__main__", "__init__"},
 }
@@ -50,10 +50,11 @@ THIRD_PARTY = {
 }
 STANDARD = {
     "ast", "atexit", "base64", "collections", "concurrent", "contextlib", "copy", "csv",
-    "dataclasses", "datetime", "difflib", "errno", "fcntl", "functools", "gzip", "hashlib", "http",
-    "importlib", "io", "itertools", "json", "math", "os", "pathlib", "pickle", "platform", "re",
-    "shlex", "shutil", "signal", "socket", "statistics", "struct", "sys", "tarfile", "threading",
-    "time", "tomllib", "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
+    "dataclasses", "datetime", "difflib", "errno", "fcntl", "functools", "gzip", "hashlib",
+    "http", "importlib", "inspect", "io", "itertools", "json", "linecache", "math", "os",
+    "pathlib", "pickle", "platform", "re", "shlex", "shutil", "signal", "socket", "statistics",
+    "struct", "sys", "sysconfig", "tarfile", "textwrap", "threading", "time", "tomllib",
+    "types", "typing", "urllib", "warnings", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -9,7 +9,7 @@ student. Some findings are suspicions: they are the diagnosis only if there is a
 
 Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
 comes before training (`parts`, `upstream`, `usual`), training itself, taken anew (`replay`, by
-`loop` and `slips`), its traces (`history`), and what the model says (`answers`).
+`loop` and `slips`) and read (`code`), its traces (`history`), and what the model says (`answers`).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from torch import nn
 
 from cmbook.data import Data
 from cmbook.doctor import answers, history, parts, upstream
+from cmbook.doctor.code import code
 from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
 from cmbook.doctor.replay import averages_anew, steps_anew
@@ -59,7 +60,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
     *(upstream.unlabelled, upstream.walk, upstream.teacher_samples),
-    *(history.values, history.kin, steps_anew, averages_anew),
+    *(history.values, history.kin, steps_anew, code, averages_anew),
     *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
     *(history.optimizer, history.curves, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),

@@ -128,6 +128,7 @@ NORMS = {
     "steps anew": Norm(
         "loss and gradient of some steps, taken anew, off the log's: below 0.001", "", "vague"
     ),
+    "code": Norm("functions that were others than cmbook's: 0", "", "suspicion"),
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",
@@ -310,8 +311,13 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
     sick = bool(bad & {"symptom", "late"})
     surely = "symptom" in bad or (sick and not early)
     poor = any(f.verdict == "ill" and f.check == "teacher samples" for f in findings)
+    anew = {
+        f.verdict for f in findings if f.check in ("steps anew", "weights anew", "average anew")
+    }
 
     def judged(f: Finding) -> Finding:
+        if f.check == "code" and f.verdict == "look" and anew:  # does it make a difference?
+            return replace(f, verdict="ill") if "ill" in anew else f
         if f.verdict == "look" and {"suspicion": sick, "vague": surely}.get(f.norm.role):
             return replace(f, verdict="ill")
         if poor and f.verdict == "look" and f.check == "teacher itself":
@@ -324,7 +330,8 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
         if f.verdict != "ill":  # what is odd about this run comes before what is about its teacher
             return ("look", "well").index(f.verdict) + 1, f.check == "teacher itself"
         said = {"suspicion": 2, "vague": 3, "symptom": 4, "late": 4}.get(f.norm.role, 0)
-        return 0, 1 if f.check == "steps anew" else said  # that is certain, if vague
+        certain = {"code": 0, "steps anew": 1}  # if vague
+        return 0, certain.get(f.check, said)
 
     return tuple(sorted(map(judged, findings), key=rank))
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import cmbook
 from cmbook import checkpoints
+from cmbook.doctor.code import another
 from cmbook.doctor.findings import Finding, found, over
 from cmbook.doctor.history import way_between
 from cmbook.doctor.loop import Loop, Row
@@ -210,7 +211,8 @@ def _slip(p: Patient, span: Span, off: float, late: bool) -> tuple[Loop | None, 
         return None, off
     (left, slip), second = scores[0], scores[1][0] if len(scores) > 1 else math.inf
     # So far off, it is no other order of sums on another processor.
-    alike = left < EXACT or (off > 10 * SAME and left < min(ALIKE, off / 3, 0.6 * second))
+    near = off > 10 * SAME and left < min(ALIKE, off / 3, 0.6 * second)
+    alike = left < EXACT or (near and not another(p))  # where the lines are known, no guess is told
     return (slip, left) if alike else (None, off)
 
 
