@@ -549,7 +549,7 @@ def never_quite(old):
 
 def test_a_line_that_was_another_is_quoted(tmp_path):
     with mock.patch.object(edm, "add_noise", never_quite(add_noise)):
-        run(trains(RING, steps=100), tmp_path / "run", progress=False)
+        run(trains(RING, steps=50), tmp_path / "run", progress=False)
     found = doctor.examine(tmp_path / "run")
     assert "losses.edm.add_noise had `sigma = sigma * (1 + (torch.arange" in found.headline
     assert "in place of `cmbook.noise.add_noise`" in found.headline
@@ -560,7 +560,7 @@ def test_a_line_that_changes_nothing_is_no_fault(tmp_path):
         return add_noise(x0, z, sigma)
 
     with mock.patch.object(edm, "add_noise", noisy):
-        run(trains(RING, steps=100), tmp_path / "run", progress=False)
+        run(trains(RING, steps=50), tmp_path / "run", progress=False)
     found = doctor.examine(tmp_path / "run")
     (told,) = (f for f in found.findings if f.check == "code")
     assert (told.verdict, told.measured) == ("look", 1)
