@@ -305,6 +305,10 @@ def three_bits(w):
     return (w / step).round() * step
 
 
+def pruned(w):
+    return torch.where(w.abs() < w.abs().median(), 0, w)
+
+
 def with_nan(w):
     w = w.clone()
     w.view(-1)[0] = torch.nan
@@ -441,6 +445,7 @@ ODD = {  # that need not be a fault
         replace(BRIEF, objective=EDM(distance=PseudoHuber())),
         "unusual settings: objective.distance = PseudoHuber .published recipes: L2",
     ),
+    "pruned": Case("edm", "[45].% of a matrix are 0: pruned", edit=edited(pruned, "average")),
     "depth": Case(replace(BRIEF, network=MLP(32, 20)), "unusual settings: network.depth = 20"),
     "rho": Case(ranged(BRIEF, rho=1.0), "rho = 1 is unusual: .* among the largest"),
     "center": Case(BRIEF, "the data lie around 1.5, far from 0", points_as([0.3, 0.3], 1.5)),

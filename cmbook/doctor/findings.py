@@ -143,6 +143,9 @@ NORMS = {
         "different values in a matrix, over its numbers: near 1",
         "Take the weights as they were before they were compressed",
     ),
+    "one value": Norm(
+        "share of it in a matrix: 0", "Take the weights as they were trained", "suspicion"
+    ),
     "step size": Norm("a step of Adam over a weight: 0.001 to 0.1", _LOWER, "suspicion"),
     "moved": Norm(
         "way of the weights, over their size: 0.1 to 5",

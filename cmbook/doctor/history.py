@@ -102,6 +102,15 @@ def values(p: Patient) -> Iterator[Finding]:
     few = min(each, default=0)
     cause = f"weights are rounded: a matrix has no more than {few} different values"
     yield found("values", least, under(least, 0.1, 0.1 if few <= 256 else 0.0), cause)
+    most, value = max(map(_most_common, large), default=(0.0, 0.0))
+    cause = f"{most:.0%} of a matrix are {value:.3g}: pruned, clamped, or a part of it was lost"
+    yield found("one value", most, over(most, 0.1), cause)
+
+
+def _most_common(weight: Tensor) -> tuple[float, float]:
+    """The share of the value that comes most often, and the value."""
+    values, counts = weight.unique(return_counts=True)
+    return float(counts.max()) / weight.numel(), float(values[counts.argmax()])
 
 
 def kin(p: Patient) -> Iterator[Finding]:
