@@ -49,6 +49,8 @@ from cmbook import (
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
 from cmbook.doctor import parts
+from cmbook.doctor import trials as tried
+from cmbook.doctor.patient import admit
 from cmbook.experiment import Sampling, Training
 from cmbook.features import to_bytes
 from cmbook.losses import ct, edm, regression
@@ -379,7 +381,9 @@ BROKEN = {
     ),
     "teacher of forty": Case(taught(QUICK, teacher="forty"), "the teacher is ill: "),
     # training
-    "rate too high": Case(trains(BRIEF, optimizer=Adam(0.5)), "learning rate.* too high"),
+    "rate too high": Case(
+        trains(BRIEF, optimizer=Adam(0.5)), "optimizer.lr = 0.5: trained anew with 0.002, as in"
+    ),
     "rate too low": Case(trains(BRIEF, optimizer=Adam(1e-7)), "learning rate 1e-07 is too low"),
     "frozen": Case(BUGGY, "given a copy of the weights", bug=frozen, without="it never learned"),
     "sign": Case(BUGGY, "wrong sign: it is negative", bug=uphill, without="loss is negative"),
@@ -889,6 +893,48 @@ def test_the_commands_of_the_guide_run(capsys):
     for command in commands:
         main(command.split())
         assert "healthy" in capsys.readouterr().out
+
+
+# ── trials ──
+
+
+class Guessed(tried.Bench):
+    """Trains nothing: every setting that is at fault hides what swapping the others would bring."""
+
+    def __init__(self, *faults: str) -> None:
+        self.faults, self.tries = {*faults}, list[set[str]]()
+
+    def gain(self, swapped):
+        names = {change.name for change in swapped}
+        self.tries.append(names)
+        return 20.0 if self.faults <= names else 1.2
+
+    @property
+    def spent(self):
+        return False
+
+
+def blamed(*faults, suspects=()):
+    every = [tried.Change(name, 1, 2, "toy/edm") for name in "abcdefgh"]
+    bench = Guessed(*faults)
+    told = [change for change in every if change.name in suspects]
+    return "".join(change.name for change in tried.blamed(bench, every, told)), len(bench.tries)
+
+
+def test_the_setting_at_fault_is_found_by_halving():
+    assert {blamed(name)[0] for name in "abcdefgh"} == {*"abcdefgh"}
+    assert blamed("g")[1] < 20  # questions; those asked before cost nothing
+    assert blamed("g", suspects="g")[0] == "g"
+    assert blamed("none")[0] == ""
+    assert blamed("a", "c")[0] == "abcd"  # neither does it alone
+
+
+def test_settings_are_compared_with_those_of_the_nearest_recipe(clinic):
+    patient = admit(load(clinic.folder("edm")), None, "cpu")
+    told = {c.name: (c.ours, c.theirs, c.source) for c in tried.differences(patient)}
+    assert told["network.width"] == (64, 128, "toy/edm")
+    assert told["noise_range.sigma_max"] == (20.0, 80.0, "toy/edm")
+    assert not {"training.steps", "noise_range.sigma_data", "network.label_dropout"} & told.keys()
 
 
 # ── while training ──

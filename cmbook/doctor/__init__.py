@@ -10,6 +10,7 @@ student. Some findings are suspicions: they are the diagnosis only if there is a
 Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
 comes before training (`parts`, `upstream`, `usual`), training itself, taken anew (`replay`, by
 `loop` and `slips`) and read (`code`), its traces (`history`), and what the model says (`answers`).
+If all of that explains nothing, the recipe is tried with other settings (`trials`).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from cmbook.doctor.code import code
 from cmbook.doctor.findings import NORMS, Diagnosis, Finding, Verdict, found, over, ranked
 from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
 from cmbook.doctor.replay import averages_anew, steps_anew
+from cmbook.doctor.trials import recipe_anew
 from cmbook.doctor.usual import settings
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
@@ -34,6 +36,7 @@ from cmbook.protocols import Clock
 if TYPE_CHECKING:  # runs warns by this package, so it is imported by `examine` alone
     from cmbook.runs import Run
 
+Check = Callable[[Patient], Iterator[Finding]]
 __all__ = ["CHECKS", "NORMS", "Diagnosis", "Finding", "Watch", "examine", "warnings"]
 
 
@@ -53,7 +56,7 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
     yield found("teacher itself", ill, verdict, cause, remedy)
 
 
-CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (  # upstream first
+CHECKS: tuple[Check, ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
     *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
     *(parts.placeholders, parts.pictures, parts.held_out),
@@ -109,13 +112,9 @@ def examine(
             continue  # they would say the same, less exactly
         if check is averages_anew and not _same(findings):
             continue  # no step is what it should be
-        try:
-            findings += check(patient)
-        except Undone as why:
-            skipped[check.__name__.replace("_", " ")] = str(why)
-        except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-            # What breaks one check, such as a decomposition of NaN, is what the others tell of.
-            skipped[check.__name__.replace("_", " ")] = f"it failed: {error}".splitlines()[0]
+        _carry_out(check, patient, findings, skipped)
+    if with_teacher and _puzzling(findings, patient.early):
+        _carry_out(_trial(findings), patient, findings, skipped)
     notes = tuple(_notes(patient.recipe))
     return Diagnosis(ranked(findings, patient.early), skipped, notes)
 
@@ -123,6 +122,44 @@ def examine(
 def _same(findings: list[Finding]) -> bool:
     """Whether steps were taken anew, and nothing was wrong."""
     return any(f.check == "steps anew" and f.verdict == "well" for f in findings)
+
+
+def _carry_out(check: Check, p: Patient, findings: list[Finding], skipped: dict[str, str]) -> None:
+    """Add what it finds, or why it could not be done."""
+    try:
+        findings += check(p)
+    except Undone as why:
+        skipped[check.__name__.replace("_", " ")] = str(why)
+    except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+        # What breaks one check, such as a decomposition of NaN, is what the others tell of.
+        skipped[check.__name__.replace("_", " ")] = f"it failed: {error}".splitlines()[0]
+
+
+def _trial(findings: list[Finding]) -> Check:
+    """The recipe with other settings: first those that are suspected."""
+    odd = [f for f in findings if f.verdict != "well" and f.norm.role in ("suspicion", "vague")]
+    sick = any(f.verdict == "ill" and f.norm.role in ("symptom", "late") for f in findings)
+
+    def trial(p: Patient) -> Iterator[Finding]:
+        said = " ".join(f"{f.cause} {f.remedy}" for f in odd)
+        yield from recipe_anew(p, said, sick)
+
+    return trial
+
+
+def _puzzling(findings: list[Finding], early: bool) -> bool:
+    """Whether the run did what its recipe says, and is bad, and nothing says why."""
+    bad = [f for f in findings if f.verdict != "well"]
+    known = any((f.verdict, f.norm.role) == ("ill", "fault") for f in bad)
+    if known or not _same(findings):
+        return False
+    sick = any(
+        f.norm.role == "symptom" or (f.norm.role == "late" and not early)
+        for f in bad
+        if f.verdict == "ill" or f.check == "samples"
+    )
+    odd = any(f.check == "settings" for f in bad) and not early
+    return sick or (odd and any(f.check == "samples" and f.measured > 0.002 for f in findings))
 
 
 def _known(findings: list[Finding]) -> bool:

@@ -129,6 +129,7 @@ NORMS = {
         "loss and gradient of some steps, taken anew, off the log's: below 0.001", "", "vague"
     ),
     "code": Norm("functions that were others than cmbook's: 0", "", "suspicion"),
+    "trial": Norm("times that samples come nearer with published settings: below 2"),
     "finished": Norm("share of the steps that are taken: 1"),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",

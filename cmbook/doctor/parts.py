@@ -93,15 +93,23 @@ def apart(x: Samples, y: Samples) -> float:
     return (2 * between - within) / max(2 * between, 1e-300)
 
 
+def chance(x: Samples, y: Samples) -> float:
+    """More than that is no chance.
+
+    Source: ours.
+    """
+    both = torch.cat([x, y.to(x)])
+    orders = (shuffled(len(both), seeded("doctor", "order", i)) for i in range(5))
+    return 3 * max(0.0, *(apart(*both[order].tensor_split([len(x)])) for order in orders))
+
+
 def unlike(x: Samples, y: Samples, look: float, ill: float) -> tuple[float, Verdict]:
     """The same, and whether it is more than chance and a limit.
 
     Source: ours.
     """
-    both, off = torch.cat([x, y.to(x)]), apart(x, y)
-    orders = (shuffled(len(both), seeded("doctor", "order", i)) for i in range(5))
-    chance = 3 * max(apart(*both[order].tensor_split([len(x)])) for order in orders)
-    return off, over(off, chance + look, chance + ill)
+    off, least = apart(x, y), chance(x, y)
+    return off, over(off, least + look, least + ill)
 
 
 def held_out(p: Patient) -> Iterator[Finding]:
