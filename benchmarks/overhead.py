@@ -5,8 +5,9 @@
 
 Steps: a run with its log, bar, norms, checks and generators, and a bare loop around the same
 objective, optimizer and average, take turns of one thread; each turn gives a difference per step,
-and the median is told. Time is that of the processor, so that a busy machine matters less. Saves: the state of the full ImageNet-64 network, by `checkpoints.save` and as raw bytes
-with an fsync to as many files, in turns. Writes benchmarks/results/overhead.json.
+and the median is told. Time is that of the processor, so that a busy machine matters less. Saves:
+the state of the full ImageNet-64 network, by `checkpoints.save` and as raw bytes with an fsync to
+as many files, in turns. Writes benchmarks/results/overhead.json.
 """
 
 import argparse

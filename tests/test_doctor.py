@@ -48,7 +48,7 @@ from cmbook import (
 )
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
-from cmbook.doctor import parts
+from cmbook.doctor import parts, worlds
 from cmbook.doctor import trials as tried
 from cmbook.doctor.patient import admit
 from cmbook.experiment import Sampling, Training
@@ -806,6 +806,61 @@ def test_what_is_wrong_with_pictures_is_told(clinic, check, spoil, cause):
     assert re.search(cause, told[check].cause), told[check]
     plain = {f.check: f.verdict for f in clinic.diagnosis("digits").findings}
     assert plain[check] == "well"
+
+
+REAL, TINTED = Digits().build(), Digits(tinted=True).build()
+
+
+def without_a_row(x):
+    x = x.clone()
+    x[..., 3, :] = 0
+    return x
+
+
+def blue_moved(x):
+    return torch.cat([x[:, :2], x[:, 2:].roll(1, -1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "spoil", "cause"),
+    [
+        (REAL, lambda x: F.interpolate(-x.mT, size=12), "scikit-learn, shown transposed"),
+        (REAL, lambda x: torch.cat([x[:300], -x[300:].flip(-1)]), "2.% of them shown mirrored"),
+        (REAL, without_a_row, "something else in rows 3 to 3"),
+        (REAL, lambda x: x + 0.1 * normal(x, seeded("noise")), "with noise of about 0.1 in them"),
+        (TINTED, lambda x: x.flip(1), "as channels 0 1 2 stand 2 1 0"),
+        (TINTED, blue_moved, "channel 2 moved right by 1 of 8 pixels, around the edge, unlike"),
+        (Glyphs("HARBOUR"[:4], 12).build(), lambda x: x.flip(-2), "characters, shown upside down"),
+    ],
+)
+def test_known_pictures_are_known_though_all_are_changed(data, spoil, cause):
+    x, _ = next(data.batches(400, 1))
+    found = worlds.known_pictures(spoil(x))
+    assert found.verdict == "ill"
+    assert re.search(cause, found.cause), found
+
+
+def test_labels_of_known_pictures_are_known():
+    def told(label):
+        return worlds.known_pictures(REAL.x[:500], label)
+
+    label = REAL.label[:500]
+    assert "0 is called 1, 1 is called 2" in told((label + 1) % 10).cause
+    some = (label == 3) & (torch.arange(500) % 3 == 0)
+    assert (
+        "than most of the same digit: 3 is called 3, and 8"
+        in told(torch.where(some, 8, label)).cause
+    )
+    assert told(label % 2).verdict == "well"
+
+
+def test_what_may_be_wanted_of_known_pictures_is_no_fault():
+    x, own = REAL.x[REAL.label > 6], torch.tensor([[1.0, 0.5, 0.3], [0.4, 0.9, 0.6]])
+    assert worlds.known_pictures(F.pad(-x, (2, 2, 2, 2), value=1.0)).verdict == "well"
+    colored = (x + 1) * own[torch.arange(len(x)) % 2][:, :, None, None] - 1
+    assert worlds.known_pictures(colored).verdict == "well"
+    letters = next(Glyphs("bdpq", 8, color=True).build().batches(200, 0)).x
+    assert worlds.known_pictures(letters).verdict == "well"
 
 
 def test_colors_and_seams_are_told():

@@ -8,9 +8,10 @@ What is upstream is named first: bad data explain a bad teacher, a bad teacher e
 student. Some findings are suspicions: they are the diagnosis only if there is a symptom as well.
 
 Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
-comes before training (`parts`, `upstream`, `usual`), training itself, taken anew (`replay`, by
-`loop` and `slips`) and read (`code`), its traces (`history`), and what the model says (`answers`).
-If all of that explains nothing, the recipe is tried with other settings (`trials`).
+comes before training (`views`, `parts`, `worlds`, `upstream`, `usual`), training itself, taken
+anew (`replay`, by `loop` and `slips`) and read (`code`), its traces (`history`), and what the
+model says (`answers`). If all of that explains nothing, the recipe is tried with other settings
+(`trials`).
 """
 
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from cmbook.doctor.patient import NUMBERS, Patient, Undone, admit
 from cmbook.doctor.replay import averages_anew, steps_anew
 from cmbook.doctor.trials import recipe_anew
 from cmbook.doctor.usual import settings
+from cmbook.doctor.worlds import known_data
 from cmbook.experiment import Experiment
 from cmbook.losses import ConsistencyTraining
 from cmbook.protocols import Clock
@@ -59,7 +61,7 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
 CHECKS: tuple[Check, ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
     *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
-    *(parts.placeholders, parts.pictures, parts.held_out),
+    *(parts.placeholders, parts.pictures, parts.held_out, known_data),
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
     *(upstream.unlabelled, upstream.walk, upstream.teacher_samples),

@@ -72,6 +72,9 @@ NORMS = {
         "different values of a coordinate, over samples: 1", "Leave them as they are", "suspicion"
     ),
     "data blocks": Norm("columns that always equal the next: 0", _PICTURES, "suspicion"),
+    "known data": Norm(
+        "share of known pictures that were changed: 0", "Undo it where the data are made or read"
+    ),
     "data negatives": Norm("share of negatives of others: 0", _PICTURES),
     "labels wrong": Norm(
         "samples amid another class: below 0.05", "Check how labels were made", "suspicion"
