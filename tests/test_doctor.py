@@ -770,6 +770,12 @@ def some_upside_down(x, label):
     return TensorData(x, label, held_out=others)
 
 
+def header_left_in(x, label):
+    """The sixteen bytes of an idx file taken for pixels."""
+    flat = torch.cat([torch.zeros(16), x.flatten()])
+    return TensorData(flat[: x.numel()].view_as(x), label)
+
+
 def half_scaled(x, label):
     x = x.clone()
     x[::5] = (x[::5] + 1) / 2
@@ -787,6 +793,7 @@ def half_scaled(x, label):
         ("data cut off", some_cut, "1.% of the pictures are cut off: they end in one flat color"),
         ("data turned", some_on_their_side, "some of the pictures are turned by 270 degrees"),
         ("data turned", some_standing_on_their_head, "some .* are turned by 180 degrees"),
+        ("data cut elsewhere", header_left_in, "goes on where the one before it ends"),
         ("data stamp", stamped, "33% of the pictures have the same thing in one corner"),
         ("data kinds", some_noisy, "20% of them differ .* how many values their pixels have"),
         (

@@ -61,7 +61,7 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
 CHECKS: tuple[Check, ...] = (  # upstream first
     *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
     *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
-    *(parts.placeholders, parts.pictures, parts.held_out, known_data),
+    *(parts.placeholders, parts.cut_elsewhere, parts.pictures, parts.held_out, known_data),
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
     *(upstream.unlabelled, upstream.walk, upstream.teacher_samples),

@@ -60,6 +60,9 @@ NORMS = {
     "data missing": Norm("share of one value of a coordinate: 0", "Leave these out"),
     "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
     "data channel copies": Norm("pairs of channels that are always equal: 0", _PICTURES),
+    "data cut elsewhere": Norm(
+        "likeness of the end of a picture and the beginning of the next: that of others", _PICTURES
+    ),
     "data gray": Norm("share of gray ones among colored: below 0.1", _PICTURES, "suspicion"),
     "data turned": Norm(
         "how foreign pictures are once turned, over how they are otherwise: about 1", _PICTURES

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from cmbook.data import ImageData
+from cmbook.data import ImageData, TensorData
 from cmbook.data.images import images
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.patient import Patient, Undone
@@ -199,6 +199,41 @@ def pictures(p: Patient) -> Iterator[Finding]:
     x = p.seen.x.double()
     if x.ndim == 4 and min(x.shape[2:]) >= 8 and bool(x.isfinite().all()):
         yield from odd_pictures(x)
+
+
+def cut_elsewhere(p: Patient) -> Iterator[Finding]:
+    """Whether each picture of a file goes on where the one before it ends."""
+    if isinstance(p.data, ImageData):
+        x = images(p.data.rows, range(min(1024, len(p.data)))).x
+    elif isinstance(p.data, TensorData):
+        x = p.data.x[:1024]
+    else:
+        raise Undone(p.missing or "these data have no order")
+    if x.ndim == 4 and len(x) >= 64 and bool(x.isfinite().all()):
+        yield runs_on(x)
+
+
+def runs_on(x: Samples) -> Finding:
+    """The same of pictures in the order of their file.
+
+    Source: ours.
+    """
+    last, first = x[:, :, -1].flatten(1).double(), x[:, :, 0].flatten(1).double()
+    onward = _together(last[:-1], first[1:])
+    chance = max(_together(last, first), _together(last[1:], first[:-1]), 0.05)
+    cause = (
+        "each picture goes on where the one before it ends: they are cut at the wrong places, as "
+        "where the header of a file was not skipped, or in another size"
+    )
+    bad: Verdict = "ill" if onward > 0.25 and onward > 3 * chance else "well"
+    return found("data cut elsewhere", onward, bad, cause)
+
+
+def _together(a: Tensor, b: Tensor) -> float:
+    """Correlation of the same pixels of two rows, over many pictures."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    size = float((a.square().mean() * b.square().mean()).sqrt())
+    return float((a * b).mean()) / max(size, 1e-12)
 
 
 def odd_pictures(x: Tensor) -> Iterator[Finding]:
