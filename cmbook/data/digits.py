@@ -34,14 +34,14 @@ class Digits:
         label = torch.from_numpy(bunch.target).long()
         third = torch.arange(len(x)) % 3 == 2
         if self.tinted:
-            x, label, third = _tinted(x), label.repeat(len(_TINTS)), third.repeat(len(_TINTS))
+            x, label, third = _tinted(x), label.repeat(len(TINTS)), third.repeat(len(TINTS))
         held_out = Batch(x[third], label[third])
         if not self.labelled:
             return TensorData(x[~third], held_out=Batch(held_out.x))
         return TensorData(x[~third], label[~third], classes=10, held_out=held_out)
 
 
-_TINTS = (
+TINTS = (
     (1, 0.25, 0.2),
     (1, 0.7, 0.1),
     (0.3, 0.9, 0.3),
@@ -53,5 +53,5 @@ _TINTS = (
 
 def _tinted(x: Samples) -> Tensor:
     """Gray images in every tint: (n, 1, h, w) becomes (6 n, 3, h, w), one tint after the other."""
-    tints = torch.tensor(_TINTS)[:, None, :, None, None]
+    tints = torch.tensor(TINTS)[:, None, :, None, None]
     return ((x + 1) * tints - 1).flatten(0, 1)

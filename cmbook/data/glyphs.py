@@ -93,7 +93,7 @@ class GlyphData:
         height, across, down = (uniform(n, generator) for _ in range(3))
         colors = uniform(6 * n, generator).view(n, 2, 3)
         masks = [
-            _mask(self.knobs.characters[c], self.knobs.size, int(f), float(h), float(x), float(y))
+            drawn(self.knobs.characters[c], self.knobs.size, int(f), float(h), float(x), float(y))
             for c, f, h, x, y in zip(label, font, height, across, down, strict=True)
         ]
         ink = torch.from_numpy(np.stack(masks))[:, None].float() / 255
@@ -106,8 +106,11 @@ class GlyphData:
         return Batch(2 * x - 1, label if self.knobs.labelled else None)
 
 
-def _mask(character: str, size: int, font: int, height: float, x: float, y: float) -> np.ndarray:
-    """Where the ink of one character lies, 0 ... 255."""
+def drawn(character: str, size: int, font: int, height: float, x: float, y: float) -> np.ndarray:
+    """Where the ink of one character lies, 0 ... 255.
+
+    Source: ours.
+    """
     from PIL import Image, ImageDraw
 
     face = _face(FONTS[font], round(size * (0.6 + 0.35 * height)))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tomli_w
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from cmbook import experiment
@@ -41,6 +42,7 @@ NEARER = 2.0  # times: what other seeds and orders of sums do not do
 SURE = 2.5  # times, of a run without symptoms: settings that were suspected are at fault
 MOST = 0.5, 0.75  # of the logarithm of a gain: enough for fewer settings; no need to look further
 SAME = 0.25  # settings that differ by a factor of less than e to this power are the same
+LARGER = 10  # times the operations of the run's network
 _PARTS = ("objective", "scalings", "network", "noise_range", "training")
 _KEPT = {  # how long and how it is computed, not what
     f"training.{name}"
@@ -124,6 +126,8 @@ def _suit(p: Patient, ours: Tables, theirs: Tables, recipe: Experiment) -> None:
         theirs["noise_range"]["sigma_data"] = p.range.sigma_data
     else:
         theirs["noise_range"]["sigma_data"] = float(f"{p.std:.2g}")
+    if p.recipe.teacher is None and _large(p, recipe):
+        theirs["network"] = ours["network"]
     if 4 * mine.batch_size >= other.batch_size:
         theirs["training"]["batch_size"] = mine.batch_size
     # An average remembers a share of the steps.
@@ -131,6 +135,20 @@ def _suit(p: Patient, ours: Tables, theirs: Tables, recipe: Experiment) -> None:
     near = 0.25 < left / (1 - mine.average_decay) < 4
     decay = mine.average_decay if near else round(1 - left, 5)
     theirs["training"]["average_decay"] = decay
+
+
+def _large(p: Patient, recipe: Experiment) -> bool:
+    """Whether its network does not suit these data, or is too large to be tried here."""
+    shape, classes = tuple(p.run.record["shape"]), p.classes or None
+    assert recipe.network is not None
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net = recipe.network.build(shape, classes).to("meta")  # buffers, too
+            label = torch.zeros(1, dtype=torch.int64) if classes else None
+            net(torch.zeros(1, *shape), torch.ones(1), label)
+    except (ValueError, RuntimeError, ArithmeticError):
+        return True
+    return bool(counter.get_total_flops() > LARGER * p.flops)
 
 
 def _tables(recipe: Experiment) -> Tables:

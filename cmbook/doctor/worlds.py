@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from cmbook.data.digits import _TINTS as TINTS
-from cmbook.data.digits import Digits
-from cmbook.data.glyphs import FONTS
-from cmbook.data.glyphs import _mask as drawn
+from cmbook.data.digits import TINTS, Digits
+from cmbook.data.glyphs import FONTS, drawn
 from cmbook.doctor.findings import Finding, Verdict, found
 from cmbook.doctor.patient import Patient
 from cmbook.doctor.views import CHOICES, SOFT, View, moves, retouches, turns
