@@ -115,6 +115,7 @@ def examine(
         if check is averages_anew and not _same(findings):
             continue  # no step is what it should be
         _carry_out(check, patient, findings, skipped)
+    findings += _too_short(patient, findings)
     if with_teacher and _puzzling(findings, patient.early):
         _carry_out(_trial(findings), patient, findings, skipped)
     notes = tuple(_notes(patient.recipe))
@@ -124,6 +125,19 @@ def examine(
 def _same(findings: list[Finding]) -> bool:
     """Whether steps were taken anew, and nothing was wrong."""
     return any(f.check == "steps anew" and f.verdict == "well" for f in findings)
+
+
+def _too_short(p: Patient, findings: list[Finding]) -> Iterator[Finding]:
+    """Whether a run was to end before it has learned what comes late."""
+    late = [f.verdict for f in findings if f.verdict != "well" and f.norm.role == "late"]
+    if p.run.finished:
+        seen = p.run.step * p.recipe.training.batch_size
+        bad: Verdict = "ill" if p.early and ("ill" in late or len(late) > 1) else "well"
+        cause = (
+            f"it was trained too short: it has seen {seen:,} samples, and what it makes is not "
+            "like the data yet"
+        )
+        yield found("samples seen", seen, bad, cause)
 
 
 def _carry_out(check: Check, p: Patient, findings: list[Finding], skipped: dict[str, str]) -> None:

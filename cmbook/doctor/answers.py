@@ -71,9 +71,10 @@ def denoises(p: Patient) -> Iterator[Finding]:
     skill = p.skill(p.run.model, p.recipe)
     (worst, at), slope, learned = skill.worst, skill.slope, skill.learned
     dress = p.dress(p.run.model, skill) if skill.poor else None
+    little = "too little, " if p.early else ""
     poor = (
-        f"the model has not learned to denoise at sigma {at:.2g}: it was trained too little, "
-        "unsteadily, or on other data"
+        f"the model does not denoise as it should at sigma {at:.2g}: it was trained {little}"
+        "unsteadily or on other data, or its weights are damaged"
     )
     cause = f"the model is {dress}" if dress else poor
     limit = 2 * POOR if p.early and not dress else POOR

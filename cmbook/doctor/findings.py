@@ -137,6 +137,14 @@ NORMS = {
     "code": Norm("functions that were others than cmbook's: 0", "", "suspicion"),
     "trial": Norm("times that samples come nearer with published settings: below 2"),
     "finished": Norm("share of the steps that are taken: 1"),
+    "samples seen": Norm(
+        "100,000 at least, 300,000 by a consistency model", "Raise training.steps", "vague"
+    ),
+    "kept": Norm(
+        "of what the weights began as, where they have not grown: 0.6 to 1",
+        "Take the weights as they were trained",
+        "suspicion",
+    ),
     "frozen weights": Norm(
         "share of weights that are as they began: 0",
         "Check requires_grad, the optimizer's parameters, that the loss is not detached, and that "
@@ -321,13 +329,11 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
     sick = bool(bad & {"symptom", "late"})
     surely = "symptom" in bad or (sick and not early)
     poor = any(f.verdict == "ill" and f.check == "teacher samples" for f in findings)
-    anew = {
-        f.verdict for f in findings if f.check in ("steps anew", "weights anew", "average anew")
-    }
+    anew = {f.check: f.verdict for f in findings if f.check.endswith(" anew")}
 
     def judged(f: Finding) -> Finding:
-        if f.check == "code" and f.verdict == "look" and anew:  # does it make a difference?
-            return replace(f, verdict="ill") if "ill" in anew else f
+        if f.check == "code" and f.verdict == "look" and anew:
+            return _matters(f, anew)
         if f.verdict == "look" and {"suspicion": sick, "vague": surely}.get(f.norm.role):
             return replace(f, verdict="ill")
         if poor and f.verdict == "look" and f.check == "teacher itself":
@@ -344,6 +350,14 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
         return 0, certain.get(f.check, said)
 
     return tuple(sorted(map(judged, findings), key=rank))
+
+
+def _matters(f: Finding, anew: dict[str, Verdict]) -> Finding:
+    """Other code is a fault if it makes a difference, and nothing to look at if it makes none."""
+    if "ill" in anew.values():
+        return replace(f, verdict="ill")
+    same = all(anew.get(check) == "well" for check in ("steps anew", "average anew"))
+    return Finding(f.check, f.measured) if same else f
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,14 @@ def kin(p: Patient) -> Iterator[Finding]:
         some = ", ".join([*strange][:3])
         cause = f"weights are not those of the run: {some} resemble nothing that they began as"
     yield found("kin", share, "ill" if told or lost else "well", cause)
+    grown = median([float(now[n].norm() / first[n].norm()) for n in names] or [1.0])
+    kept = grown * median([*like.values()] or [1.0])
+    # Training adds to the first weights; what lies between two networks is less of each.
+    cause = (
+        f"the weights have kept {kept:.0%} of what they began as, and have not grown: they were "
+        "averaged with those of another network, or are damaged"
+    )
+    yield found("kept", kept, "look" if kept < 0.58 and grown < 1.2 else "well", cause)
 
 
 def _became(name: str, weight: Tensor, first: Weights) -> str:

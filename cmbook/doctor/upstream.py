@@ -9,7 +9,7 @@ import torch
 from cmbook.data import Images
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.parts import unlike
-from cmbook.doctor.patient import CONSISTENCY, LEVELS, Patient, Undone, ask, scatter
+from cmbook.doctor.patient import CONSISTENCY, EARLY, LEVELS, Patient, Undone, ask, scatter
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmbook.noise import NoiseRange, normal, seeded
 from cmbook.protocols import Batch, Clock, Samples
@@ -352,7 +352,8 @@ def teacher(p: Patient) -> Iterator[Finding]:
     yield found("teacher kind", distilled, verdict, cause, "Take the one it was made from")
     skill = p.skill(theirs.model, theirs.recipe)
     ignorant = skill.learned is not None and skill.learned < 0.1
-    cause = "untrained, or trained too little"
+    seen = theirs.step * theirs.recipe.training.batch_size
+    cause = "untrained, or trained too little" if seen < EARLY else "damaged, or badly trained"
     if skill.poor or ignorant:
         other = theirs.record.get("data_sha256") != p.run.record.get("data_sha256")
         cause = p.dress(theirs.model, skill) or (_other_data(p) if other else cause)
