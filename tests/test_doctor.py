@@ -560,7 +560,7 @@ def never_quite(old):
 def test_a_line_that_was_another_is_quoted(tmp_path):
     with mock.patch.object(edm, "add_noise", never_quite(add_noise)):
         run(trains(RING, steps=50), tmp_path / "run", progress=False)
-    with mock.patch.object(replay, "slips", lambda p: ()):  # there is none for it
+    with mock.patch.object(replay, "slips", return_value=()):  # there is none for it
         found = doctor.examine(tmp_path / "run")
     assert "losses.edm.add_noise had `sigma = sigma * (1 + (torch.arange" in found.headline
     assert "in place of `cmbook.noise.add_noise`" in found.headline
