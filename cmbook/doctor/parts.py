@@ -336,20 +336,40 @@ def kinds(x: Tensor) -> tuple[float, str]:
 
     Source: Otsu (1979), for where to divide.
     """
+    for what, (value, least, gap) in _looks(x).items():
+        apart, between, share = _divided(value)
+        if apart > least and between > gap:
+            return share, what
+    return 0.0, ""
+
+
+def _looks(x: Tensor) -> dict[str, tuple[Tensor, float, float]]:
+    """A number of each picture, and how far apart two kinds are in it at least, over their spread.
+
+    Where all are of one kind it is 3 to 4.5, as of MNIST, CIFAR-10, emoji, digits and letters.
+    """
     flat = x.flatten(1)
     edge = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
     grays = torch.tensor([float(len(row.unique())) for row in flat]).double().log()
+    across = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
+    down = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((1, 2, 3))
+    around = x[..., 2:, 1:-1] + x[..., :-2, 1:-1] + x[..., 1:-1, 2:] + x[..., 1:-1, :-2]
+    bent = (4 * x[..., 1:-1, 1:-1] - around).abs().mean((1, 2, 3))
+    half = x.shape[-1] // 2
+    halves = (x[..., :half] - x[..., -half:]).abs().mean((1, 2, 3))
     looks = {
         "how many values their pixels have: noise, blur or compression": (grays, 8.0, 0.1),
         "their brightest pixel": (flat.amax(1), 30.0, 0.3),
         "their darkest pixel": (flat.amin(1), 30.0, 0.3),
         "their edges: frames": (edge.mean(1), 30.0, 0.3),
+        "that left and right half are the same": ((halves + 1e-3).log(), 12.0, 2.0),
+        "their contrast": (flat.std(1).clamp(min=1e-3).log(), 5.5, 0.4),
+        "their brightness": (flat.mean(1), 6.0, 0.2),
+        "their sharpness": (((bent + 1e-4) / (across + down + 1e-4)).log(), 5.5, 0.2),
     }
-    for what, (value, least, gap) in looks.items():
-        apart, between, share = _divided(value)
-        if apart > least and between > gap:
-            return share, what
-    return 0.0, ""
+    if x.shape[1] == 3:
+        looks["how colorful they are"] = ((x.amax(1) - x.amin(1)).mean((1, 2)), 5.0, 0.2)
+    return looks
 
 
 def _divided(value: Tensor) -> tuple[float, float, float]:
@@ -363,7 +383,7 @@ def _divided(value: Tensor) -> tuple[float, float, float]:
     ).clamp(min=0)
     share = torch.minimum(k, n - k) / n
     floor = 1e-3 * max(float(v.std()), 1e-9)
-    gap = torch.where(share > 0.05, (other - one) / (spread / 2).sqrt().clamp(min=floor), 0.0)
+    gap = torch.where(share > 0.07, (other - one) / (spread / 2).sqrt().clamp(min=floor), 0.0)
     best = int(gap.argmax())
     return float(gap[best]), float(other[best] - one[best]), float(share[best])
 

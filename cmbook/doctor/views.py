@@ -52,6 +52,9 @@ def moves() -> dict[str, View]:
             "sheared: each row is moved back by one pixel": lambda x: _sheared(x, -1),
             "with rows and columns of their blocks exchanged": _blocks,
             "four times side by side, each shrunk": lambda x: _squeezed(x, 2, 2).repeat(1, 1, 2, 2),
+            "twice side by side, each squeezed": lambda x: _squeezed(x, 1, 2).repeat(1, 1, 1, 2),
+            "twice, one above the other": lambda x: _squeezed(x, 2, 1).repeat(1, 1, 2, 1),
+            "shrunk to half their size, in the upper left corner": _cornered,
             "squeezed to half their width": lambda x: _centered(_squeezed(x, 1, 2), x.shape[-1]),
             "squeezed to half their height": lambda x: _centered(_squeezed(x, 2, 1), x.shape[-1]),
             "with every other row lost, the others twice": lambda x: _twice(x.mT).mT,
@@ -118,6 +121,13 @@ def _squeezed(x: Tensor, down: int, right: int) -> Tensor:
     size = (x.shape[-2] // down, x.shape[-1] // right)
     small: Tensor = interpolate(x, size=size, mode="area")
     return small
+
+
+def _cornered(x: Tensor) -> Tensor:
+    small = _squeezed(x, 2, 2)
+    return pad(
+        small, (0, x.shape[-1] - small.shape[-1], 0, x.shape[-2] - small.shape[-2]), value=-1.0
+    )
 
 
 def _centered(x: Tensor, size: int) -> Tensor:
