@@ -1,6 +1,7 @@
 """The doctor: broken runs are named by their cause, good ones are left in peace."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -775,6 +777,15 @@ def some_upside_down(x, label):
     return TensorData(x, label, held_out=others)
 
 
+def as_jpeg(x, label):
+    made = []
+    for picture in x[:200]:
+        file = io.BytesIO()
+        Image.fromarray(to_bytes(picture[None])[0, ..., 0].numpy()).save(file, "JPEG", quality=10)
+        made.append(torch.from_numpy(np.array(Image.open(file))).float() / 127.5 - 1)
+    return TensorData(torch.stack(made)[:, None], label[:200])
+
+
 def header_left_in(x, label):
     """The sixteen bytes of an idx file taken for pixels."""
     flat = torch.cat([torch.zeros(16), x.flatten()])
@@ -798,6 +809,7 @@ def half_scaled(x, label):
         ("data cut off", some_cut, "1.% of the pictures are cut off: they end in one flat color"),
         ("data turned", some_on_their_side, "some of the pictures are turned by 270 degrees"),
         ("data turned", some_standing_on_their_head, "some .* are turned by 180 degrees"),
+        ("data compressed", as_jpeg, "strongly compressed as JPEG: .* in steps of [56]."),
         ("data cut elsewhere", header_left_in, "goes on where the one before it ends"),
         ("data stamp", stamped, "33% of the pictures have the same thing in one corner"),
         ("data kinds", some_noisy, "20% of them differ .* how many values their pixels have"),

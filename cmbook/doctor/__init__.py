@@ -116,8 +116,9 @@ def examine(
             continue  # no step is what it should be
         _carry_out(check, patient, findings, skipped)
     findings += _too_short(patient, findings)
-    if with_teacher and _puzzling(findings, patient.early):
+    if _puzzling(findings, patient.early):
         _carry_out(_trial(findings), patient, findings, skipped)
+        findings = _cleared(findings)
     notes = tuple(_notes(patient.recipe))
     return Diagnosis(ranked(findings, patient.early), skipped, notes)
 
@@ -164,18 +165,26 @@ def _trial(findings: list[Finding]) -> Check:
 
 
 def _puzzling(findings: list[Finding], early: bool) -> bool:
-    """Whether the run did what its recipe says, and is bad, and nothing says why."""
+    """Whether the run is bad, or its settings are odd, and nothing says why."""
     bad = [f for f in findings if f.verdict != "well"]
-    known = any((f.verdict, f.norm.role) == ("ill", "fault") for f in bad)
-    if known or not _same(findings):
+    wrong = any(f.verdict == "ill" and f.check == "steps anew" for f in bad)
+    if wrong or any((f.verdict, f.norm.role) == ("ill", "fault") for f in bad):
         return False
+    late = () if early else ("late",)
     sick = any(
-        f.norm.role == "symptom" or (f.norm.role == "late" and not early)
-        for f in bad
-        if f.verdict == "ill" or f.check == "samples"
+        f.norm.role in ("symptom", *late) for f in bad if f.verdict == "ill" or f.check == "samples"
     )
-    odd = any(f.check == "settings" for f in bad) and not early
-    return sick or (odd and any(f.check == "samples" and f.measured > 0.002 for f in findings))
+    return sick or (not early and any(f.check == "settings" for f in bad))
+
+
+def _cleared(findings: list[Finding]) -> list[Finding]:
+    """Without a suspicion of settings that a trial has found to be as good as others."""
+    *before, last = findings
+    return (
+        [*(f for f in before if f.check != "settings"), last]
+        if last.check == "settings"
+        else findings
+    )
 
 
 def _known(findings: list[Finding]) -> bool:

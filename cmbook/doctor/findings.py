@@ -60,6 +60,7 @@ NORMS = {
     "data missing": Norm("share of one value of a coordinate: 0", "Leave these out"),
     "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
     "data channel copies": Norm("pairs of channels that are always equal: 0", _PICTURES),
+    "data compressed": Norm("steps of JPEG, of 255: 0 to 14", "Get the originals"),
     "data cut elsewhere": Norm(
         "likeness of the end of a picture and the beginning of the next: that of others", _PICTURES
     ),

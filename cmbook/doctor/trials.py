@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # runs warns by this package
     from cmbook.runs import Run
 
 SECONDS = 120.0  # of all trials together
+TIMED, MOST_FLOPS = (
+    60,
+    3e12,
+)  # steps that are taken to see how long a trial is, and what they may cost
 LEAST = 3  # at least one part of so many of the run's steps tells what the whole would
 LOW = 0.001  # nearer than that, samples are good enough
 NEARER = 2.0  # times: what other seeds and orders of sums do not do
@@ -330,7 +334,7 @@ class Bench:
         if names not in self.known:
             try:
                 recipe = self.recipe(swapped)
-                whole = not swapped and self.steps == self.p.recipe.training.steps
+                whole = not swapped and self.whole
                 self.known[names] = self.off(self.p.run if whole else self.trained(recipe))
             except (RuntimeError, ValueError, ArithmeticError):  # they do not go together
                 self.known[names] = math.inf
@@ -343,10 +347,15 @@ class Bench:
 
     def again(self) -> float:
         """How many times nearer they come if nothing is swapped: 1, if the run did what it says."""
-        if self.steps < self.p.recipe.training.steps or self.spent:
+        if not self.whole or self.spent:
             return 1.0  # that was the measure, or nothing is left
         low = max(LOW, self.by_chance / 3)
         return max(self.tried([]), low) / max(self.off(self.trained(self.recipe([]))), low)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a trial is as long as the run."""
+        return self.steps == self.p.recipe.training.steps
 
     @property
     def odd(self) -> bool:
@@ -422,10 +431,14 @@ def recipe_anew(p: Patient, said: str = "", sick: bool = True) -> Iterator[Findi
     gain = bench.gain(some or every)
     sure = sick or (gain > SURE and all(change in suspects for change in some))
     yield _told(some, every, gain, "ill" if sure else "look")
+    if not some and suspects and bench.whole:
+        yield found("settings", 0, "well", "")  # others would have done no better
 
 
 def _ready(p: Patient, every: list[Change]) -> Bench:
     """A bench that knows how long a trial is, and that there is something to be explained."""
+    if 6 * p.flops * p.recipe.training.batch_size * TIMED > MOST_FLOPS:
+        raise Undone("trials take too long here")
     bench = Bench.of(p)
     if not every or not bench.odd:
         raise Undone("its samples are as they should be, or all settings as published")
