@@ -781,7 +781,7 @@ def as_jpeg(x, label):
     made = []
     for picture in x[:200]:
         file = io.BytesIO()
-        Image.fromarray(to_bytes(picture[None])[0, ..., 0].numpy()).save(file, "JPEG", quality=10)
+        Image.fromarray(to_bytes(picture[None])[0, 0].numpy()).save(file, "JPEG", quality=10)
         made.append(torch.from_numpy(np.array(Image.open(file))).float() / 127.5 - 1)
     return TensorData(torch.stack(made)[:, None], label[:200])
 
