@@ -489,6 +489,7 @@ TEACHERS = {
     ),
 }
 CASES = GOOD | BROKEN | ODD | TEACHERS
+BRIEFLY = {"continuous cd", "digits cd"}  # nothing is wrong with them but that they are short
 LONG = {"teacher of forty", "forty", "guidance", "dropping", "one noise"}  # half a minute each
 
 
@@ -595,7 +596,8 @@ def test_what_is_odd_is_said(clinic, name):
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_run_raises_no_alarm(clinic, name):
     found = clinic.diagnosis(name)
-    assert found.healthy, str(found)
+    ill = {f.check for f in found.findings if f.verdict == "ill"}
+    assert ill <= ({"samples seen"} if name in BRIEFLY else set()), str(found)
     assert len(found.findings) > 20
     assert "it failed" not in str(found)
 
@@ -682,6 +684,7 @@ def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
         "flip",
         "loss again",
         "gradient again",
+        "recipe anew",
     }
     assert set(doctor.NORMS) - seen <= apart
 

@@ -136,6 +136,11 @@ NORMS = {
         "loss and gradient of some steps, taken anew, off the log's: below 0.001", "", "vague"
     ),
     "code": Norm("functions that were others than cmbook's: 0", "", "suspicion"),
+    "recipe anew": Norm(
+        "times that samples come nearer if it is trained anew as it is: below 2",
+        "Look at your loss, at the loop and at the loader",
+        "vague",
+    ),
     "trial": Norm("times that samples come nearer with published settings: below 2"),
     "finished": Norm("share of the steps that are taken: 1"),
     "samples seen": Norm(

@@ -424,9 +424,7 @@ def recipe_anew(p: Patient, said: str = "", sick: bool = True) -> Iterator[Findi
             "what was trained is not what the recipe says: trained anew as it is, its samples come "
             f"{_times(again)} to the data"
         )
-        yield found(
-            "trial", again, "ill", cause, "Look at your loss, at the loop and at the loader"
-        )
+        yield found("recipe anew", again, "ill", cause)
         return
     gain = bench.gain(some or every)
     sure = sick or (gain > SURE and all(change in suspects for change in some))

@@ -327,7 +327,6 @@ def _confusions() -> dict[str, Tensor]:
 
 def _parted(channels: list[Match]) -> Told | None:
     """Whether the channels of a picture are not those of the same one, or not shown alike."""
-    names = [*channels[0].rest]
     ways = [torch.stack([*match.rest.values()]).argmin(0) for match in channels]
     usual = [float((way == 0).float().mean()) for way in ways]
     odd = min(range(3), key=usual.__getitem__)
@@ -335,7 +334,7 @@ def _parted(channels: list[Match]) -> Told | None:
     moved = float((ways[odd] != ways[others[0]]).float().mean())
     if moved > SOME:
         some = ways[odd][ways[odd] > 0]
-        how = names[int(some.mode().values)] if len(some) else PLAIN
+        how = [*channels[odd].rest][int(some.mode().values)] if len(some) else PLAIN
         return moved, "ill", f"shown with channel {odd} {how}, unlike the others"
     for c in (1, 2):
         foreign = float((channels[0].kind != channels[c].kind).float().mean())
