@@ -6,7 +6,6 @@ that training is made of, a hundred kilobytes, and the doctor compares them with
 """
 
 import ast
-import difflib
 import gzip
 import inspect
 import json
@@ -16,6 +15,7 @@ import sysconfig
 import textwrap
 import zlib
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from functools import cached_property, partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -25,6 +25,7 @@ from cmbook import disk
 
 NAME = "code.json.gz"
 MOST = 1 << 24  # bytes of text: all of cmbook is a thirtieth
+LONG = 20_000  # letters: the longest function here is a tenth
 _PARTS = (
     *("data", "distances", "guidance", "losses", "networks", "noise", "ode", "parameterization"),
     *("perceptual", "protocols", "schedules", "training", "weights"),
@@ -121,25 +122,30 @@ def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    """Without comments and docstrings."""
+    """Without comments and docstrings; as it is if it cannot be read."""
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(text if len(text) < LONG else "")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        return ast.unparse(tree) or text
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return text
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.unparse(tree)
 
 
 def lines(before: str, now: str) -> tuple[list[str], list[str]]:
-    """The lines that only one of two texts has.
+    """The lines that only one of two texts has, of their first hundreds.
 
     Source: ours.
     """
-    one, two = (_bare(text).splitlines() for text in (before, now))
-    told = [*difflib.ndiff(one, two)]
-    left, right = ([t[2:].strip() for t in told if t.startswith(sign)] for sign in ("- ", "+ "))
+    one, two = (
+        [t.strip() for t in _bare(text)[:LONG].splitlines()[:400]] for text in (before, now)
+    )
+    left, right = list[str](), list[str]()
+    for kind, i, j, k, m in SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
+        if kind != "equal":
+            left += one[i:j]
+            right += two[k:m]
     return left, right
 
 

@@ -87,6 +87,17 @@ def test_lines_are_those_that_one_text_has_alone():
     assert sources.lines(one, other) == (["y = x"], ["y = x + 1"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 5000, "[" * 100 + "]" * 100, "a\n" * 10**6, "\0", "x = 1\n" * 10**6, "-" * 9000 + "1"],
+)
+def test_no_text_is_too_strange_to_be_compared(text):
+    assert sources.changed({"a": text}, {"a": "return 1"}) == ["a"]
+    left, right = sources.lines(text, "return 1")
+    assert right == ["return 1"]
+    assert len(left) <= 400
+
+
 # ── in the folder of a run ──
 
 

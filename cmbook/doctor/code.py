@@ -46,6 +46,7 @@ def _quoted(name: str, now: str, before: str) -> str:
     """What a function was, in place of what it is."""
     here, there = sources.lines(now, before)
     shown = [" / ".join(_telling(each) or ["nothing"]) for each in (there, here)]
+    shown = ["".join(c if c.isprintable() else "?" for c in each) for each in shown]
     was, instead = (each if len(each) <= WIDTH else each[:WIDTH] + " ..." for each in shown)
     return f"{name} had `{was}` in place of `{instead}`"
 
