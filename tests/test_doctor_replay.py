@@ -321,6 +321,6 @@ def test_weights_that_were_changed_by_a_conversion_are_told(folder, tmp_path, ch
     done = tmp_path / "run"
     shutil.copytree(folder("edm"), done)
     edited(change, "average")(done)
-    (found,) = history.kin(admit(load(done), None, "cpu"))
+    found, _ = history.kin(admit(load(done), None, "cpu"))
     assert found.verdict == "ill"
     assert said in found.cause

@@ -328,7 +328,7 @@ INERT = {  # formats without code: text, tensors, pixels
     *["features.py load_file", "interop/foreign.py load_file", "interop/flax.py np.memmap"],
     *["interop/flax.py msgpack.unpackb", "data/readers.py np.memmap", "data/prepare.py np.memmap"],
     *["data/readers.py gzip.open", "data/readers.py zipfile.ZipFile", "data/readers.py lmdb.open"],
-    *["sources.py gzip.open", "sources.py json.loads"],
+    *["sources.py gzip.open", "sources.py json.loads", "doctor/trials.py tomllib.loads"],
 }
 
 
