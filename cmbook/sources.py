@@ -2,7 +2,8 @@
 
 A recipe says what is to be done, not by which lines. Who edits the package, or replaces one of its
 functions, trains something else under the same recipe. So a run keeps the text of all functions
-that training is made of, a hundred kilobytes, and the doctor compares them with those it knows.
+that training is made of, eighty kilobytes once compressed, and the doctor compares them with those
+it knows.
 """
 
 import ast
@@ -24,8 +25,8 @@ from typing import Any
 from cmbook import disk
 
 NAME = "code.json.gz"
-MOST = 1 << 24  # bytes of text: all of cmbook is a thirtieth
-LONG = 20_000  # letters: the longest function here is a tenth
+MOST = 1 << 24  # bytes of text: all of cmbook is a fortieth
+LONG = 20_000  # letters: the longest function here is a quarter of it
 _PARTS = (
     *("data", "distances", "guidance", "losses", "networks", "noise", "ode", "parameterization"),
     *("perceptual", "protocols", "schedules", "training", "weights"),
@@ -100,12 +101,12 @@ def _written(function: Any) -> bool:
 def _text(function: FunctionType, deep: bool = True) -> str:
     """As it is written, with what it calls that is not ours; made by `dataclass`: nothing."""
     code: CodeType = function.__code__
-    lines = linecache.getlines(code.co_filename)
-    if not lines:
+    written = linecache.getlines(code.co_filename)
+    if not written:
         names = ", ".join([*code.co_names, *map(repr, code.co_consts)])
         ours = (function.__module__ or "").startswith("cmbook.")
         return "" if ours else f"{function.__qualname__}: not from a file, it names {names}"
-    text = textwrap.dedent("".join(inspect.getblock(lines[code.co_firstlineno - 1 :])))
+    text = textwrap.dedent("".join(inspect.getblock(written[code.co_firstlineno - 1 :])))
     if deep and not code.co_filename.startswith((str(Path(__file__).parent), *_PLACES)):
         called = (_function(function.__globals__.get(name)) for name in code.co_names)
         text += "".join(_text(each, False) for each in called if each and _written(each))

@@ -180,11 +180,9 @@ def _puzzling(findings: list[Finding], early: bool) -> bool:
 def _cleared(findings: list[Finding]) -> list[Finding]:
     """Without a suspicion of settings that a trial has found to be as good as others."""
     *before, last = findings
-    return (
-        [*(f for f in before if f.check != "settings"), last]
-        if last.check == "settings"
-        else findings
-    )
+    if last.check != "settings":
+        return findings
+    return [*(f for f in before if f.check != "settings"), last]
 
 
 def _known(findings: list[Finding]) -> bool:

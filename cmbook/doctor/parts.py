@@ -1,7 +1,7 @@
 """Data of two kinds: some that are unlike the others, or all unlike what was held out."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import combinations
 from statistics import median
 
@@ -12,10 +12,10 @@ from cmbook.data import ImageData, TensorData
 from cmbook.data.images import images
 from cmbook.doctor.findings import Finding, Verdict, found, over, under
 from cmbook.doctor.patient import Patient, Undone
+from cmbook.doctor.views import View
 from cmbook.noise import normal, seeded, shuffled
 from cmbook.protocols import Samples
 
-View = Callable[[Tensor], Tensor]
 MOST = 2**22  # numbers of each of two sets that are compared
 
 

@@ -36,10 +36,8 @@ if TYPE_CHECKING:  # runs warns by this package
     from cmbook.runs import Run
 
 SECONDS = 120.0  # of all trials together
-TIMED, MOST_FLOPS = (
-    60,
-    3e12,
-)  # steps that are taken to see how long a trial is, and what they may cost
+TIMED = 60  # steps are taken to see how long a trial is,
+MOST_FLOPS = 3e12  # if they take no more operations
 LEAST = 3  # at least one part of so many of the run's steps tells what the whole would
 LOW = 0.001  # nearer than that, samples are good enough
 NEARER = 2.0  # times: what other seeds and orders of sums do not do
