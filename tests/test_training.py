@@ -213,6 +213,7 @@ def test_every_weight_learns_in_every_precision(method, precision):
 @pytest.mark.parametrize("allowed", [True, False])
 def test_float32_is_without_tf32_during_a_step_and_as_before_between_steps(allowed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without, nothing is switched
     seen = []
 
     class Watched(EDM):
@@ -238,6 +239,13 @@ def test_a_choice_by_the_newer_names_stands():
             assert conv.fp32_precision == "ieee"
     finally:
         conv.fp32_precision = before
+
+
+def test_float32_is_float32_inside_of_autocast_too():
+    plain = steps(METHODS["edm"], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = steps(METHODS["edm"], 1)
+    assert torch.equal(plain.loss.value, inside.loss.value)
 
 
 def test_bfloat16_rounds():
