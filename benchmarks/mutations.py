@@ -14,6 +14,7 @@ Ends with an error if a line was not noticed as it should be. About four minutes
 six with --notebooks.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -247,10 +248,12 @@ def report(findings: list[Finding], seconds: float) -> dict[str, object]:
     }  # fmt: skip
 
 
-def main(*args: str) -> None:
-    parts = [arg for arg in args if arg != "--notebooks"]
+def main(parts: list[str], notebooks: bool) -> None:
+    """Plant the lines whose names have one of the parts, or all."""
     chosen = [m for m in mutations() if not parts or any(part in m.name for part in parts)]
-    lessons = {m.notebook for m in chosen if m.notebook and "--notebooks" in args}
+    if not chosen:
+        sys.exit(f"no line of mutations.toml has {' or '.join(map(repr, parts))} in its name")
+    lessons = {m.notebook for m in chosen if m.notebook and notebooks}
     start = time.time()
     FORKS.set_forkserver_preload(PRELOADED)
     os.environ |= {
@@ -287,4 +290,9 @@ def main(*args: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART_OF_A_NAME")
+    parser.add_argument("--notebooks", action="store_true")
+    main(**vars(parser.parse_args()))
