@@ -386,6 +386,10 @@ BROKEN = {
     "rate too high": Case(
         trains(BRIEF, optimizer=Adam(0.5)), "optimizer.lr = 0.5: trained anew with 0.002, as in"
     ),
+    "one round": Case(
+        taught(trains(RING, steps=150), ProgressiveDistillation(steps=1), EDMScalings()),
+        "objective.steps = 1 is too few to begin with: the student learns 2 Euler steps",
+    ),
     "short": Case(trains(RING, steps=100, average_decay=0.95), "it was trained too short: it has"),
     "rate too low": Case(trains(BRIEF, optimizer=Adam(1e-7)), "learning rate 1e-07 is too low"),
     "frozen": Case(BUGGY, "given a copy of the weights", bug=frozen, without="it never learned"),
@@ -681,6 +685,7 @@ def test_every_check_has_a_norm_and_every_norm_a_check(clinic):
         "data channels",
         "data gray",
         "data channel copies",
+        "data color space",
         "flip",
         "loss again",
         "gradient again",
@@ -902,6 +907,7 @@ def test_colors_and_seams_are_told():
 
     assert {verdict for verdict, _ in told(x).values()} == {"well"}
     assert told(gray)["data gray"] == ("look", 0.25)
+    assert told(0.05 * x)["data compressed"][0] == "well"  # and no detail of less than half a step
     assert told(x[:, [0, 1, 0]])["data channel copies"] == ("ill", 1)
     assert told(x[:, :1].expand(-1, 3, -1, -1))["data channel copies"] == ("well", 0)
     lost = x.clone()
@@ -909,6 +915,18 @@ def test_colors_and_seams_are_told():
     assert told(lost)["data dead pixels"] == ("ill", 14)
     assert told(x.roll(6, -1))["data seam"][0] == "look"
     assert told(x.roll(6, -2))["data seam"][0] == "look"
+
+
+def test_luma_and_chroma_are_not_taken_for_colors():
+    x = Digits(tinted=True).build().x[:500]
+    red, green, blue = x.unbind(1)
+    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert parts.luma(x) == 0
+    assert parts.luma(torch.stack([y, 0.564 * (blue - y), 0.713 * (red - y)], 1)) > 0.99
+    gray = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert parts.luma(gray) == 0
+    gray = torch.cat([gray[:, :1], torch.zeros_like(x[:, 1:])], 1)  # and no color anywhere
+    assert parts.luma(gray) == 0
 
 
 def test_missing_values_are_told(clinic):

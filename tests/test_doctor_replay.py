@@ -3,9 +3,10 @@
 import math
 import shutil
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, count
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from test_doctor import CD, CT, DIGITS, RING, edited, rewritten, taught, trains, transposed
@@ -15,7 +16,9 @@ from cmbook import (
     MLP,
     ConsistencyScalings,
     ContinuousDistillation,
+    Digits,
     EDMScalings,
+    Images,
     ProgressiveDistillation,
     Toy,
     doctor,
@@ -23,12 +26,15 @@ from cmbook import (
     run,
     training,
 )
+from cmbook.data import ImageData
+from cmbook.data.images import images
 from cmbook.doctor import history, slips
 from cmbook.doctor.loop import Loop
 from cmbook.doctor.patient import admit
 from cmbook.doctor.replay import ALIKE, EXACT, Span
+from cmbook.features import to_bytes
 from cmbook.losses import ct, regression
-from cmbook.protocols import Clock
+from cmbook.protocols import Batch, Clock
 from cmbook.schedules import AdaptiveLevels
 
 LABELLED = trains(
@@ -163,6 +169,24 @@ def test_noise_that_is_drawn_as_people_draw_it_wrongly_is_named(folder):
         run(trains(METHODS["edm"], steps=20), there, progress=False)
     slip, _ = doctor.steps_anew(admit(load(there), None, "cpu"))
     assert "the noise comes from torch.rand" in slip.cause
+    assert slip.measured < EXACT
+
+
+def test_pictures_that_come_in_the_order_of_their_file_are_noticed(tmp_path):
+    x, label = Digits().build().x, Digits().build().label
+    ordered = (to_bytes(x)[:, 0].numpy(), label.numpy())
+    np.savez(tmp_path / "d.npz", images=ordered[0], labels=ordered[1])
+    recipe = trains(METHODS["digits"], steps=20, batch_size=16)
+    recipe = replace(recipe, data=Images(str(tmp_path / "d.npz"), labelled=False))
+
+    def in_order(self, size, seed, start=0):
+        for k in count(start):
+            yield Batch(images(self.rows, (torch.arange(size) + k * size) % len(self)).x, None)
+
+    with mock.patch.object(ImageData, "batches", in_order):
+        run(recipe, tmp_path / "run", progress=False)
+    slip, _ = doctor.steps_anew(admit(load(tmp_path / "run"), None, "cpu"))
+    assert "samples come in the order of the file" in slip.cause
     assert slip.measured < EXACT
 
 

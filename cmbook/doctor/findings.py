@@ -60,6 +60,9 @@ NORMS = {
     "data missing": Norm("share of one value of a coordinate: 0", "Leave these out"),
     "data cut off": Norm("share of pictures flat at one side: below 0.03", _PICTURES),
     "data channel copies": Norm("pairs of channels that are always equal: 0", _PICTURES),
+    "data color space": Norm(
+        "black and white pixels whose other channels are in the middle: 0", "Convert them to RGB"
+    ),
     "data compressed": Norm("steps of JPEG, of 255: 0 to 14", "Get the originals"),
     "data cut elsewhere": Norm(
         "likeness of the end of a picture and the beginning of the next: that of others", _PICTURES
@@ -128,6 +131,10 @@ NORMS = {
     ),
     "walk variety": Norm(
         "variance in a class that guidance leaves, over the data's: above 0.3", "Lower guidance"
+    ),
+    "first round": Norm(
+        "energy distance of what it learns to the data: below 0.003; bad from 0.02",
+        "Begin with more, such as 16: they halve from round to round",
     ),
     "grid": Norm("what the walk loses on its grid, over chance: below 0.3", "", "suspicion"),
     "precision": Norm("bits of a rounded answer", "Set training.precision=float32", "suspicion"),

@@ -196,7 +196,7 @@ def gradient_finding(norms: list[float]) -> Finding:
     if usual == 0:
         cause = "there is no gradient: nothing is learned, the student is frozen"
         return found("gradient", 0, "ill", cause, "Check that the loss is not detached")
-    ratio = max(norms) / usual
+    ratio = max(norms[1:], default=usual) / usual  # at first, all is to be learned
     # A curriculum raises norms tenfold; only an explosion raises a mean over 50 steps 100-fold.
     cause = "the gradient explodes: the learning rate is too high, or an objective is unstable"
     return found("gradient", ratio, over(ratio, 100), cause)

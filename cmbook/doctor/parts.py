@@ -246,6 +246,9 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
     cause = f"{cut:.0%} of the pictures are cut off: they end in one flat color"
     yield found("data cut off", cut, over(cut, 0.03, 0.06), cause)
     if x.shape[1] == 3:
+        share = luma(x)
+        cause = "the colors are no RGB: luma and two channels of chroma, as in YCbCr or Lab"
+        yield found("data color space", share, over(share, 0.5, 0.9), cause)
         gray = float(((x - x.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 0.01).double().mean())
         some = gray if gray < 0.95 else 0.0
         cause = f"{some:.0%} of the pictures are gray, the others in color"
@@ -274,6 +277,24 @@ def odd_pictures(x: Tensor) -> Iterator[Finding]:
     yield found("data seam", seam, over(seam, 1.7), cause)
 
 
+def luma(x: Tensor) -> float:
+    """The share of black and white whose other two channels are in the middle: what has no color.
+
+    Of pictures in RGB about 0: there, black and white are that in all channels.
+
+    Args:
+        x: `(n, 3, h, w)` in [-1, 1].
+
+    Source: ours; ITU-R BT.601 for chroma, which is 0 of what is gray.
+    """
+    first, chroma = x[:, 0], x[:, 1:].abs().amax(1)
+    low, high = min(-0.8, float(first.min()) + 0.04), max(0.8, float(first.max()) - 0.04)
+    ends = (first < low) | (first > high)
+    if float(ends.float().mean()) < 0.01 or float((chroma > 0.1).float().mean()) < 0.02:
+        return 0.0
+    return float((chroma[ends] < 0.06).float().mean())
+
+
 def compressed(x: Tensor) -> tuple[int, float]:
     """The step in which JPEG has rounded frequencies of 8x8 blocks, and how clearly that shows.
 
@@ -292,9 +313,12 @@ def compressed(x: Tensor) -> tuple[int, float]:
     for u, v in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1)):
         part = torch.einsum("i,bij,j->b", basis[u], blocks, basis[v])
         part = part * (0.5**0.5) ** ((u == 0) + (v == 0))
-        part = part[part.abs() > 3][:4096]
+        part = part[part.abs() > 3][:4096, None]
         if len(part) > 50:
-            near = torch.cos(2 * math.pi * part[:, None] / steps).mean(0)
+            some = (
+                part.abs() > steps / 2
+            )  # what is less is near 0 steps, though nothing was rounded
+            near = (torch.cos(2 * math.pi * part / steps) * some).sum(0) / some.sum(0).clamp(min=50)
             each.append((float(near.max()), int(steps[near.argmax()])))
     if len(each) < 4:
         return 0, 0.0

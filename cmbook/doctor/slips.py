@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmbook.data import TensorData
+from cmbook.data import ImageData, TensorData
+from cmbook.data.images import images
 from cmbook.distances import L1, L2, Norm, PseudoHuber
 from cmbook.doctor.loop import Loop
 from cmbook.doctor.parts import views
@@ -188,10 +189,12 @@ def _loader(p: Patient, slip: Slip) -> Iterator[Loop]:
         "Make the loader's iterator once, before the loop",
         batch=lambda loop: next(data.batches(size, seed)),
     )
-    if isinstance(data, TensorData):
+    if isinstance(data, TensorData | ImageData):
 
         def in_order(loop: Loop) -> Batch:
-            which = (torch.arange(size) + loop.clock.step * size) % len(data.x)
+            which = (torch.arange(size) + loop.clock.step * size) % len(data)
+            if isinstance(data, ImageData):
+                return images(data.rows, which)
             return Batch(data.x[which], None if data.label is None else data.label[which])
 
         yield slip("samples come in the order of the file", "Shuffle them", batch=in_order)

@@ -13,7 +13,7 @@ from cmbook.doctor.patient import CONSISTENCY, EARLY, LEVELS, Patient, Undone, a
 from cmbook.losses import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmbook.noise import NoiseRange, normal, seeded
 from cmbook.protocols import Batch, Clock, Samples
-from cmbook.samplers import ode_sample
+from cmbook.samplers import ode_sample, progressive
 
 
 def data_variety(p: Patient) -> Iterator[Finding]:
@@ -432,6 +432,23 @@ def walk(p: Patient) -> Iterator[Finding]:
         n = objective.levels
         cause = f"objective.levels = {n} are too few: the grid is too coarse for the teacher's path"
         yield found("grid", lost, over(lost, 0.4, 0.6), cause, "Raise it, or use Heun")
+
+
+def first_round(p: Patient) -> Iterator[Finding]:
+    """Whether the steps of its teacher that a progressive student learns lead to the data."""
+    objective = p.recipe.objective
+    if not isinstance(objective, ProgressiveDistillation) or p.recipe.teacher is None:
+        return
+    real, s = p.part(slice(p.many)), objective.steps
+    x = p.range.sigma_max * normal(real.x, seeded("doctor", "teacher"))
+    off, bad = unlike(
+        progressive(p.walker, x, p.range, real.label, steps=2 * s), real.x, 0.003, 0.02
+    )
+    cause = (
+        f"objective.steps = {s} {'is' if s == 1 else 'are'} too few to begin with: the student "
+        f"learns {2 * s} Euler steps of its teacher in {s}, and even those do not lead to the data"
+    )
+    yield found("first round", off, bad, cause)
 
 
 def outside(p: Patient, x: Samples) -> float:
