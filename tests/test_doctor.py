@@ -849,6 +849,11 @@ def without_a_row(x):
     return x
 
 
+def moved_around(x):
+    """Each by other numbers of pixels, most of them."""
+    return torch.cat([x[i::9].roll((i // 3 - 1, i % 3 - 1), (-2, -1)) for i in range(9)])
+
+
 def blue_moved(x):
     return torch.cat([x[:, :2], x[:, 2:].roll(1, -1)], 1)
 
@@ -860,6 +865,7 @@ def blue_moved(x):
         (REAL, lambda x: torch.cat([x[:300], -x[300:].flip(-1)]), "2.% of them shown mirrored"),
         (REAL, without_a_row, "something else in rows 3 to 3"),
         (REAL, lambda x: x + 0.1 * normal(x, seeded("noise")), "with noise of about 0.1 in them"),
+        (REAL, moved_around, "about 8.% of them shown moved by some pixels, around the edge"),
         (TINTED, lambda x: x.flip(1), "as channels 0 1 2 stand 2 1 0"),
         (TINTED, blue_moved, "channel 2 moved right by 1 of 8 pixels, around the edge, unlike"),
         (Glyphs("HARBOUR"[:4], 12).build(), lambda x: x.flip(-2), "characters, shown upside down"),
@@ -891,6 +897,9 @@ def test_what_may_be_wanted_of_known_pictures_is_no_fault():
     assert worlds.known_pictures(F.pad(-x, (2, 2, 2, 2), value=1.0)).verdict == "well"
     colored = (x + 1) * own[torch.arange(len(x)) % 2][:, :, None, None] - 1
     assert worlds.known_pictures(colored).verdict == "well"
+    corners = [F.pad(x[i::4], (i % 2, 1 - i % 2, i // 2, 1 - i // 2), value=-1.0) for i in range(4)]
+    moved = worlds.known_pictures(torch.cat(corners)[..., :8, :8])
+    assert (moved.verdict, moved.cause[-14:]) == ("look", "by some pixels")
     letters = next(Glyphs("bdpq", 8, color=True).build().batches(200, 0)).x
     assert worlds.known_pictures(letters).verdict == "well"
 

@@ -5,6 +5,7 @@ Every view is a function of pictures in [-1, 1], black being -1; "pictures are s
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -75,6 +76,19 @@ def _shifts() -> dict[str, View]:
     return seen
 
 
+def drifts() -> dict[str, list[View]]:
+    """How pictures may be moved, each by other numbers of pixels.
+
+    Source: ours.
+    """
+    around = [by for by in product(range(-3, 5), repeat=2) if any(by)]
+    near = [by for by in around if max(map(abs, by)) <= 2]
+    return {
+        "moved by some pixels": [_pushed(a, b, 1) for a, b in near],
+        "moved by some pixels, around the edge": [_rolled(a, b, 1) for a, b in around],
+    }
+
+
 def _rolled(down: int, right: int, eighths: int) -> View:
     def view(x: Tensor) -> Tensor:
         k = max(1, eighths * x.shape[-1] // 8)
@@ -87,9 +101,9 @@ def _pushed(down: int, right: int, eighths: int) -> View:
     """What leaves on one side does not come back on the other."""
 
     def view(x: Tensor) -> Tensor:
-        k = max(1, eighths * x.shape[-1] // 8)
-        y, s = pad(x, (k,) * 4, value=-1.0), x.shape[-1]
-        return y[..., k - k * down : k - k * down + s, k - k * right : k - k * right + s]
+        k, s = max(1, eighths * x.shape[-1] // 8), x.shape[-1]
+        y, top, left = pad(x, (2 * k,) * 4, value=-1.0), k * (2 - down), k * (2 - right)
+        return y[..., top : top + s, left : left + s]
 
     return view
 
@@ -206,7 +220,11 @@ def retouches() -> dict[str, View]:
 CHOICES = frozenset(
     {
         *("black and white", "shrunk, with a frame", "cropped, and enlarged"),
-        *(name for name in moves() if name.startswith("moved") and name.endswith("pixels")),
+        *(
+            name
+            for name in moves() | drifts()
+            if name.startswith("moved") and name[-6:] == "pixels"
+        ),
     }
 )  # that people may want of all pictures
 SOFT = frozenset(

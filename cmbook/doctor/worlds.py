@@ -21,7 +21,7 @@ from cmbook.data.digits import TINTS, Digits
 from cmbook.data.glyphs import FONTS, GlyphData, drawn
 from cmbook.doctor.findings import Finding, Verdict, found
 from cmbook.doctor.patient import Patient
-from cmbook.doctor.views import CHOICES, SOFT, View, moves, retouches, turns
+from cmbook.doctor.views import CHOICES, SOFT, View, drifts, moves, retouches, turns
 from cmbook.protocols import Labels, Samples
 
 Told = tuple[float, Verdict, str]
@@ -39,7 +39,7 @@ class World(NamedTuple):
     name: str
     x: Tensor
     label: Tensor
-    views: dict[str, View]
+    views: dict[str, list[View]]
 
 
 class Match(NamedTuple):
@@ -149,7 +149,7 @@ def _digits(x: Tensor) -> World:
         return _sized(size, frame, "none")
 
     def rest(how: str) -> float:
-        match = _match(x[:64], _sized(size, frame, how)._replace(views=turns()))
+        match = _match(x[:64], _sized(size, frame, how)._replace(views=_each(turns())))
         return float(match.least.mean())
 
     return _sized(size, frame, min(("bicubic", "bilinear", "nearest"), key=rest))
@@ -173,7 +173,7 @@ def _sized(size: int, frame: int, how: str) -> World:
     aside, label = data.held_out(), data.label
     assert label is not None
     assert aside.label is not None
-    x, views = torch.cat([data.x, aside.x]), turns() | moves() | retouches()
+    x, views = torch.cat([data.x, aside.x]), _each(turns() | moves() | retouches()) | drifts()
     if how != "none":
         knobs = {} if how == "nearest" else {"antialias": True}
         x = interpolate(x, size=size - 2 * frame, mode=how, **knobs).clamp(-1, 1)
@@ -196,7 +196,11 @@ def _characters(size: int) -> World:
         ]
     )
     label = torch.arange(len(signs)).repeat_interleave(heights * len(FONTS))
-    return World("printed characters", _framed(x[:, None]), label, turns())
+    return World("printed characters", _framed(x[:, None]), label, _each(turns()))
+
+
+def _each(views: dict[str, View]) -> dict[str, list[View]]:
+    return {name: [view] for name, view in views.items()}
 
 
 def _framed(x: Tensor) -> Tensor:
@@ -227,17 +231,20 @@ def _match(x: Tensor, world: World) -> Match:
     rows, rest = _normed(x), dict[str, Tensor]()
     best, sign = torch.zeros_like(x), torch.ones(len(rows))
     kind, least = torch.zeros(len(rows), dtype=torch.int64), torch.full((len(rows),), math.inf)
-    for name, view in {PLAIN: lambda x: x, **world.views}.items():
-        shown = view(world.x)
-        if shown.shape != world.x.shape:
-            continue  # it needs an even size
-        alike = rows @ _normed(shown).T
-        value, which = alike.abs().max(1)
-        rest[name] = (1 - value).clamp(min=1e-5)
-        nearer = rest[name] < least
-        best[nearer], kind[nearer] = shown[which[nearer]], world.label[which[nearer]]
-        sign[nearer] = alike[torch.arange(len(rows)), which].sign()[nearer]
-        least = torch.minimum(least, rest[name])
+    same: list[View] = [lambda x: x]
+    for name, views in {PLAIN: same, **world.views}.items():
+        for view in views:
+            shown = view(world.x)
+            if shown.shape != world.x.shape:
+                continue  # it needs an even size
+            alike = rows @ _normed(shown).T
+            value, which = alike.abs().max(1)
+            left = (1 - value).clamp(min=1e-5)
+            rest[name] = torch.minimum(left, rest.get(name, left))
+            nearer = left < least
+            best[nearer], kind[nearer] = shown[which[nearer]], world.label[which[nearer]]
+            sign[nearer] = alike[torch.arange(len(rows)), which].sign()[nearer]
+            least = torch.minimum(least, left)
         if name == PLAIN and float((least < SAME / 10).float().mean()) > 0.97:
             break  # nothing is left to be explained
     return Match(world, rest, best, kind, sign)
