@@ -5,6 +5,7 @@ They are imported when first used, so `import cmbook` costs nothing.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -388,6 +389,8 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name.isidentifier() and name[0] != "_" and find_spec(f"cmbook.{name}"):
+        return import_module(f"cmbook.{name}")
     raise AttributeError(f"module 'cmbook' has no name {name!r}")
 
 

@@ -45,6 +45,12 @@ def test_no_public_name_is_listed_twice():
     assert len(set(cmbook.__all__)) == len(cmbook.__all__)
 
 
+def test_its_modules_are_at_hand():
+    code = "import cmbook; print(cmbook.doctor.examine.__name__, cmbook.data.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "examine cmbook.data\n", done.stderr
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'cmbook' has no name 'ConsistencyModel'"):
         _ = cmbook.ConsistencyModel
