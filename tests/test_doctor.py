@@ -50,7 +50,7 @@ from cmbook import (
 )
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
-from cmbook.doctor import parts, replay, worlds
+from cmbook.doctor import findings, parts, replay, worlds
 from cmbook.doctor import trials as tried
 from cmbook.doctor.code import code
 from cmbook.doctor.patient import Undone, admit
@@ -866,6 +866,7 @@ def blue_moved(x):
         (REAL, without_a_row, "something else in rows 3 to 3"),
         (REAL, lambda x: x + 0.1 * normal(x, seeded("noise")), "with noise of about 0.1 in them"),
         (REAL, moved_around, "about 8.% of them shown moved by some pixels, around the edge"),
+        (REAL, lambda x: x + 0.4 * normal(x, seeded("more")), "with noise of about 0.4"),
         (TINTED, lambda x: x.flip(1), "as channels 0 1 2 stand 2 1 0"),
         (TINTED, blue_moved, "channel 2 moved right by 1 of 8 pixels, around the edge, unlike"),
         (Glyphs("HARBOUR"[:4], 12).build(), lambda x: x.flip(-2), "characters, shown upside down"),
@@ -890,6 +891,18 @@ def test_labels_of_known_pictures_are_known():
         in told(torch.where(some, 8, label)).cause
     )
     assert told(label % 2).verdict == "well"
+
+
+def test_weights_that_are_trained_in_eight_bits_of_mantissa_are_told(clinic, tmp_path):
+    shutil.copytree(clinic.folder("edm"), tmp_path / "run")
+    edited(lambda w: w.bfloat16(), "student")(tmp_path / "run")
+    found = doctor.examine(tmp_path / "run")
+    assert "weights are kept in bfloat16 while they train" in found.headline
+
+
+def test_what_a_trial_says_comes_before_what_it_explains():
+    told = [findings.found(name, 9.0, "look", name) for name in ("samples", "trial")]
+    assert [f.check for f in findings.ranked(told, early=False)] == ["trial", "samples"]
 
 
 def test_what_may_be_wanted_of_known_pictures_is_no_fault():

@@ -65,7 +65,7 @@ CHECKS: tuple[Check, ...] = (  # upstream first
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
     *(upstream.unlabelled, upstream.walk, upstream.teacher_samples, upstream.first_round),
-    *(history.values, history.kin, steps_anew, code, averages_anew),
+    *(history.bits, history.values, history.kin, steps_anew, code, averages_anew),
     *(history.progress, history.moved, answers.told, history.repeats, history.gradients),
     *(history.optimizer, history.curves, history.averages),
     *(upstream.levels, upstream.drawn_levels, upstream.same_data),

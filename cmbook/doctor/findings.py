@@ -171,6 +171,10 @@ NORMS = {
         "different values in a matrix, over its numbers: near 1",
         "Take the weights as they were before they were compressed",
     ),
+    "weight bits": Norm(
+        "bits of a number that is trained: 32",
+        "Keep weights, moments and averages in float32; training.precision casts what may be less",
+    ),
     "one value": Norm(
         "share of it in a matrix: 0", "Take the weights as they were trained", "suspicion"
     ),
@@ -356,8 +360,9 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
         return f
 
     def rank(f: Finding) -> tuple[int, int]:
-        if f.verdict != "ill":  # what is odd about this run comes before what is about its teacher
-            return ("look", "well").index(f.verdict) + 1, f.check == "teacher itself"
+        if f.verdict != "ill":  # this run comes before its teacher, and what a trial says first
+            later = {"trial": -1, "teacher itself": 1}.get(f.check, 0)
+            return ("look", "well").index(f.verdict) + 1, later
         said = {"suspicion": 2, "vague": 3, "symptom": 4, "late": 4}.get(f.norm.role, 0)
         certain = {"code": 0, "steps anew": 1}  # if vague
         return 0, certain.get(f.check, said)

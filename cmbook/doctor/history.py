@@ -90,6 +90,20 @@ def moved(p: Patient) -> Iterator[Finding]:
     yield found("moved", way, under(way, 0.03, 0.003), cause)
 
 
+def bits(p: Patient) -> Iterator[Finding]:
+    """Whether what is trained is kept in numbers that small steps can still change."""
+    trained = [p.weights[name] for name in ("student", "target") if name in p.weights]
+    if not trained:
+        raise Undone("the weights that were trained are not at hand")
+    kinds = {w.dtype for each in trained for w in each.values() if w.is_floating_point()}
+    least = min(kinds, key=lambda kind: kind.itemsize)
+    cause = (
+        f"weights are kept in {str(least).removeprefix('torch.')} while they train: small steps, "
+        "and most of what an average moves by, are rounded away"
+    )
+    yield found("weight bits", 8 * least.itemsize, under(8 * least.itemsize, 32, 32), cause)
+
+
 def values(p: Patient) -> Iterator[Finding]:
     """Whether weights take many values, as those that were trained do."""
     large = [w for w in p.weights["average"].values() if w.ndim > 1 and w.numel() >= 1024]

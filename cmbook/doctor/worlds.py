@@ -401,9 +401,28 @@ def marred(x: Samples, world: World) -> Told | None:
     tries = [_beside(each, world, power) for each in (x, full, -x, -full) for power in (1, 2)]
     x, few, nearest, sure = max(tries, key=lambda each: float(each[3].float().mean()))
     if float(sure.float().mean()) < 0.8:
-        return None
+        return noisy(tries[0][0], world)
     which = few.gather(1, nearest)[sure, 0]
     return _differences(x[sure][:, 0], world.x[which][:, 0])
+
+
+def noisy(x: Samples, world: World) -> Told | None:
+    """Whether they are known ones, each another, but for noise that no two pixels share.
+
+    Source: ours.
+    """
+    alike = _normed(x) @ _normed(world.x).T
+    value, which = alike.max(1)
+    known = world.x[which]
+    off = x - known * (slope := (x * known).mean() / known.square().mean())
+    off = off - _slopes(off, known)[..., None, None] * (known - known.mean((2, 3), keepdim=True))
+    off = off - off.mean((2, 3), keepdim=True)
+    beside = [(off[..., 1:] * off[..., :-1]).mean(), (off[..., 1:, :] * off[..., :-1, :]).mean()]
+    one = float(max(abs(each) for each in beside) / off.square().mean().clamp(min=1e-12))
+    many, spread = len(which.unique()) / len(which), float(off.std() / slope)
+    if float((value > 0.7).float().mean()) < 0.9 or one > 0.1 or many < 0.7 or spread < 0.09:
+        return None
+    return 1.0, "ill", f"with noise of about {spread:.2g} in them"
 
 
 def _beside(x: Tensor, world: World, power: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
