@@ -7,9 +7,8 @@ Steps: a run with its log, bar, norms, checks and generators, and a bare loop ar
 objective, optimizer and average, take turns of one thread; each turn gives a difference per step,
 and the median is told. Between them comes the bare loop that looks at its gradient before it takes
 the step: that promise is the floor. Time is that of the processor, so that a busy machine matters
-less. Saves:
-the state of the full ImageNet-64 network, by `checkpoints.save` and as raw bytes with an fsync to
-as many files, in turns. Writes benchmarks/results/overhead.json.
+less. Saves: the state of the full ImageNet-64 network, by `checkpoints.save` and as raw bytes with
+an fsync to as many files, in turns. Writes benchmarks/results/overhead.json.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from cmbook.noise import seeded
 from cmbook.parameterization import ConsistencyScalings, Preconditioned
 from cmbook.protocols import Clock, Models
 from cmbook.runs import initialized, run
-from cmbook.training import RAdam, State, _gradients, _norm, blend, frozen_copy, frozen_view
+from cmbook.training import RAdam, State, blend, frozen_copy, frozen_view, gradient_norm
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 CASES = {  # recipe, settings, steps of a turn, turns
@@ -60,7 +59,7 @@ def bare(recipe: Experiment, steps: int, looks: bool = False) -> float:
         optimizer.zero_grad()
         loss = recipe.objective(models, next(batches), clock=clock, generator=generator).value
         loss.backward()
-        if looks and not math.isfinite(float(loss.detach() + _norm(_gradients(parameters)))):
+        if looks and not math.isfinite(float(loss.detach() + gradient_norm(parameters))):
             raise ArithmeticError(f"not finite in step {k}")
         del loss  # its graph need not outlive the step
         optimizer.step()

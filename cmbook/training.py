@@ -210,8 +210,8 @@ def train(
                     loss = objective(models, shard, clock=clock, generator=generator)
                 (loss.value / shards).backward()
             losses.append(loss.detach())
-        processes.add(_gradients(parameters))
-        loss, norm = _joined(losses, processes), _norm(_gradients(parameters))
+        processes.add([p.grad for p in parameters if p.grad is not None])
+        loss, norm = _joined(losses, processes), gradient_norm(parameters)
         _check_finite(loss, norm, clock)  # a GPU is waited for here, once a step
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -439,12 +439,11 @@ def _check_finite(loss: Loss, norm: Tensor, clock: Clock) -> None:
     raise Diverged(f"{at}: {told}, at sigma {float(loss.sigma[i]):.4g}", clock.step, i)
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Not to be kept: the next step's find the memory of these, if nobody holds it."""
-    return [p.grad for p in parameters if p.grad is not None]
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Of all together; the same as PyTorch's `get_total_norm`, in less time for small networks.
 
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all together; for small networks half the time of PyTorch's `get_total_norm`."""
+    Source: ours.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm

@@ -95,7 +95,7 @@ def bits(p: Patient) -> Iterator[Finding]:
     trained = [p.weights[name] for name in ("student", "target") if name in p.weights]
     if not trained:
         raise Undone("the weights that were trained are not at hand")
-    kinds = {w.dtype for each in trained for w in each.values() if w.is_floating_point()}
+    kinds = (w.dtype for each in trained for w in each.values())
     least = min(kinds, key=lambda kind: kind.itemsize)
     cause = (
         f"weights are kept in {str(least).removeprefix('torch.')} while they train: small steps, "

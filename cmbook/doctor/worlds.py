@@ -399,28 +399,23 @@ def marred(x: Samples, world: World) -> Told | None:
     x = x[:256]
     full = 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
     tries = [_beside(each, world, power) for each in (x, full, -x, -full) for power in (1, 2)]
-    x, few, nearest, sure = max(tries, key=lambda each: float(each[3].float().mean()))
+    changed, few, nearest, sure = max(tries, key=lambda each: float(each[3].float().mean()))
     if float(sure.float().mean()) < 0.8:
-        return noisy(tries[0][0], world)
+        return _noisy(x, world)
     which = few.gather(1, nearest)[sure, 0]
-    return _differences(x[sure][:, 0], world.x[which][:, 0])
+    return _differences(changed[sure][:, 0], world.x[which][:, 0])
 
 
-def noisy(x: Samples, world: World) -> Told | None:
-    """Whether they are known ones, each another, but for noise that no two pixels share.
-
-    Source: ours.
-    """
-    alike = _normed(x) @ _normed(world.x).T
-    value, which = alike.max(1)
-    known = world.x[which]
-    off = x - known * (slope := (x * known).mean() / known.square().mean())
-    off = off - _slopes(off, known)[..., None, None] * (known - known.mean((2, 3), keepdim=True))
+def _noisy(x: Samples, world: World) -> Told | None:
+    """Whether they are known ones, each another, but for noise that no two pixels share."""
+    alike, which = (_normed(x) @ _normed(world.x).T).max(1)
+    known, many = world.x[which], len(which.unique()) / len(which)
+    slope = _slopes(x, known)[..., None, None]
+    off = x - slope * known
     off = off - off.mean((2, 3), keepdim=True)
     beside = [(off[..., 1:] * off[..., :-1]).mean(), (off[..., 1:, :] * off[..., :-1, :]).mean()]
-    one = float(max(abs(each) for each in beside) / off.square().mean().clamp(min=1e-12))
-    many, spread = len(which.unique()) / len(which), float(off.std() / slope)
-    if float((value > 0.7).float().mean()) < 0.9 or one > 0.1 or many < 0.7 or spread < 0.09:
+    spread, shared = float(off.std() / slope.mean()), max(map(abs, beside)) / off.var()
+    if float((alike > 0.7).float().mean()) < 0.9 or many < 0.7 or spread < 0.09 or shared > 0.1:
         return None
     return 1.0, "ill", f"with noise of about {spread:.2g} in them"
 
