@@ -61,6 +61,8 @@ class Training:
         compile: Whether `torch.compile` makes the networks faster, after a first step that takes
             minutes. Not for continuous time, whose derivatives it breaks.
         save_every: Steps between checkpoints.
+        keep: How many checkpoints stay, the newest. Any can be sampled and evaluated: keep as many
+            as a curve of FID over training has points.
 
     Source: Song et al. (2023), Table 3.
     """
@@ -78,9 +80,10 @@ class Training:
     teacher_precision: Precision = "float32"
     compile: bool = False
     save_every: int = 1000
+    keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every"):
+        for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.batch_size > MOST:

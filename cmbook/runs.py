@@ -312,7 +312,7 @@ def _carry_out(
                     *(progress, board, processes),
                 )
             except Diverged as stop:  # on every process: all see the same numbers
-                kept = processes.on_main(lambda: _keep(state, folder, text))
+                kept = processes.on_main(lambda: _keep(state, recipe, folder, text))
                 raise Diverged(
                     f"{stop}{_named(stop, data, recipe, state)}. {kept}", stop.step, stop.sample
                 ) from stop
@@ -365,7 +365,7 @@ def _follow(
 def _save(state: State, recipe: Experiment, folder: Path, text: str, board: Board | None) -> None:
     _check_ours(folder, text)
     try:
-        checkpoints.save(folder / "checkpoints", state, text)
+        checkpoints.save(folder / "checkpoints", state, text, recipe.training.keep)
     except OSError as error:
         raise OSError(
             f"step {state.step} of {folder} could not be saved: {error.strerror or error}. "
@@ -877,11 +877,11 @@ def _warn(said: list[str]) -> None:
         print(f"note: {line}", file=sys.stderr)
 
 
-def _keep(state: State, folder: Path, text: str) -> str:
+def _keep(state: State, recipe: Experiment, folder: Path, text: str) -> str:
     """Save what a step that was not taken has left as it was; say what to do."""
     try:
         if state.step > 0 and _is_finite(state):
-            checkpoints.save(folder / "checkpoints", state, text)
+            checkpoints.save(folder / "checkpoints", state, text, recipe.training.keep)
     except OSError as error:
         return f"Step {state.step} could not be saved: {error}. {_last_good(folder)}"
     return _last_good(folder)

@@ -118,7 +118,7 @@ def test_every_setting_is_written():
     assert written["training"] == {
         "steps": 10_000, "batch_size": 512, "warmup": 0, "decay": "none", "average_decay": 0.9999,
         "also_average": [], "accumulation": 1, "precision": "float32", "save_every": 1000,
-        "teacher_precision": "float32", "compile": False,
+        "keep": 2, "teacher_precision": "float32", "compile": False,
         "optimizer": {"kind": "RAdam", "lr": 4e-4, "betas": [0.9, 0.999]},
     }  # fmt: skip
 
@@ -205,6 +205,7 @@ REFUSED = [
     ("training.batch_size=9223372036854775808", "batch_size must fit in 64 bits; got 92233"),
     ("training.batch_size=0", "batch_size must be at least 1; got 0"),
     ("training.save_every=0", "save_every must be at least 1; got 0"),
+    ("training.keep=0", "keep must be at least 1; got 0"),
     ("training.warmup=-1", "warmup must be at least 0; got -1"),
     ("training.average_decay=1", r"average_decay must lie in \[0, 1\); got 1"),
     ("training.also_average=[0.5, 1]", r"training: also_average must lie in \[0, 1\); got 1"),

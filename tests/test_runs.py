@@ -271,6 +271,14 @@ def test_one_checkpoint_can_be_loaded(finished, step, finished_):
     assert (loaded.step, loaded.finished, loaded.folder) == (step, finished_, finished)
 
 
+@pytest.mark.parametrize(("keep", "steps"), [(1, (6,)), (2, (4, 6)), (9, (2, 4, 6))])
+def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path, keep, steps):
+    make(replace(CT_RUN, training=replace(TRAINING, save_every=2, keep=keep)), tmp_path)
+    found = checkpoints.checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in found] == [f"step-{step:08d}" for step in steps]
+    assert all(load(path).sample(1, generator=seeded(0)).isfinite().all() for path in found)
+
+
 def test_a_run_can_be_moved_to_another_folder(copied, tmp_path):
     moved = copied.rename(tmp_path / "ün ïcode 数字")
     assert make(CT_RUN, moved, resume=True).finished

@@ -48,7 +48,7 @@ LARGER = 10  # times the operations of the run's network
 _PARTS = ("objective", "scalings", "network", "noise_range", "training")
 _KEPT = {  # how long and how it is computed, not what
     f"training.{name}"
-    for name in ("steps", "save_every", "also_average", "accumulation", "compile")
+    for name in ("steps", "save_every", "keep", "also_average", "accumulation", "compile")
 }
 Tables = dict[str, Any]
 
