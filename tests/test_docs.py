@@ -67,8 +67,8 @@ ABOVE = [
     *["experiment", "costs", "sources", "runs", "board", "reports", "pictures", "plotting", "demo"],
 ]
 ABOVE += [f"doctor.{name}" for name in ("findings", "patient", "history", "answers", "code")]
-ABOVE += [f"doctor.{name}" for name in ("views", "parts", "worlds", "upstream", "usual", "replay")]
-ABOVE += [f"doctor.{name}" for name in ("loop", "slips", "trials")]
+ABOVE += [f"doctor.{name}" for name in ("views", "parts", "marred", "worlds", "upstream")]
+ABOVE += [f"doctor.{name}" for name in ("usual", "replay", "loop", "slips", "trials")]
 EXTENSIONS = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.arithmatex"]
 GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="

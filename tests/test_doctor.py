@@ -50,7 +50,7 @@ from cmbook import (
 )
 from cmbook.__main__ import main
 from cmbook.distances import PseudoHuber
-from cmbook.doctor import findings, parts, replay, worlds
+from cmbook.doctor import answers, findings, marred, parts, replay, worlds
 from cmbook.doctor import trials as tried
 from cmbook.doctor.code import code
 from cmbook.doctor.patient import Undone, admit
@@ -321,7 +321,7 @@ def with_nan(w):
 
 
 GOOD = {
-    "edm": Case(RING),
+    "edm": Case(trains(RING, steps=2000)),
     "cd": Case(taught(trains(RING, steps=400, save_every=25))),
     "ct": Case(replace(RING, objective=CT, scalings=ConsistencyScalings())),
     "continuous cd": Case(
@@ -435,6 +435,10 @@ ODD = {  # that need not be a fault
             network=NCSNpp(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.1),
         ),
         "sigma_data is 0.75, but the data's std is 0.56",
+    ),
+    "few steps": Case(
+        trains(replace(RING, data=Toy("spirals")), steps=200, batch_size=512),
+        "training.steps = 200 are too few",
     ),
     "betas": Case(trains(BRIEF, optimizer=Adam(3e-3, (0.999, 0.9))), "longer than their squares"),
     "dropout": Case(
@@ -879,6 +883,69 @@ def test_known_pictures_are_known_though_all_are_changed(data, spoil, cause):
     assert re.search(cause, found.cause), found
 
 
+def mixed(x):
+    """As by motion: every pixel is the mean of three in its row."""
+    return (x + x.roll(1, -1) + x.roll(2, -1)) / 3
+
+
+def light(x):
+    """Bright on the left, dark on the right."""
+    return (x + 1) * torch.linspace(1, 0.2, 8) - 1
+
+
+def rotated(x):
+    turn = torch.linspace(-1.5, 1.5, len(x))
+    c, s, o = turn.cos(), turn.sin(), 0 * turn
+    rows = torch.stack([torch.stack([c, s, o], 1), torch.stack([-s, c, o], 1)], 1)
+    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1
+
+
+def converted(space):
+    def spoil(x):
+        rows = to_bytes(x).permute(0, 2, 3, 1).reshape(-1, 8, 3)
+        other = torch.tensor(np.array(Image.fromarray(rows.numpy()).convert(space)))
+        return other.reshape(-1, 8, 8, 3).permute(0, 3, 1, 2) / 127.5 - 1
+
+    return spoil
+
+
+def every_sixth(x):
+    x = x.clone()
+    x[::6] = normal(x[::6], seeded("else")).clamp(-1, 1)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("data", "spoil", "cause"),
+    [
+        (REAL, mixed, "blurred across, as by motion"),
+        (REAL, lambda x: mixed(x.mT).mT, "blurred from top to bottom, as by motion"),
+        (REAL, lambda x: 2.4 * x - 0.7 * mixed(x) - 0.7 * mixed(x.mT).mT, "sharpened"),
+        (REAL, light, "contrast that depends on the place: .* in row ., column 1, .* column 6"),
+        (REAL, lambda x: x[..., torch.tensor([3, 6, 1, 4, 7, 0, 2, 5])], "pixels in other places"),
+        (REAL, lambda x: (x + x.flip(0)) / 2, "shown with another one laid over it"),
+        (REAL, lambda x: (x > 0.6) * 2.0 - 1, "other grays: where they are 0.5, here is -1"),
+        (REAL, rotated, "rotated, each by another angle"),
+        (REAL, every_sixth, "about 1.% of them something else"),
+        (TINTED, converted("HSV"), "tinted digits in HSV"),
+    ],
+)
+def test_what_was_done_to_known_pictures_is_found_by_fitting_it(data, spoil, cause):
+    x, _ = next(data.batches(1000, 1))
+    found = worlds.known_pictures(spoil(x))
+    assert found.verdict == "ill"
+    assert re.search(cause, found.cause), found
+
+
+def test_a_rule_is_not_found_where_there_is_none():
+    x, _ = next(REAL.batches(1000, 1))
+    assert marred.ruled(x, REAL.x) is None
+    assert marred.ruled(0.3 * x - 0.5, REAL.x) is None
+    smooth = F.interpolate(normal(x[..., :4, :4], seeded("smooth")), size=8, mode="bilinear")
+    assert marred.ruled(smooth, REAL.x) is None
+
+
 def test_labels_of_known_pictures_are_known():
     def told(label):
         return worlds.known_pictures(REAL.x[:500], label)
@@ -898,6 +965,15 @@ def test_weights_that_are_trained_in_eight_bits_of_mantissa_are_told(clinic, tmp
     edited(lambda w: w.bfloat16(), "student")(tmp_path / "run")
     found = doctor.examine(tmp_path / "run")
     assert "weights are kept in bfloat16 while they train" in found.headline
+
+
+def test_what_falls_beside_the_data_strays():
+    batches = Toy("spirals").build().batches(1000, 0)
+    real, others = next(batches).x, next(batches).x
+    assert 0.06 < answers.stray(others, real) < 0.14
+    beside = others + 0.1 * normal(others, seeded("beside"))
+    assert answers.stray(beside, real) > 0.5
+    assert parts.apart(beside, real) < 0.003  # which does not see it
 
 
 def test_what_a_trial_says_comes_before_what_it_explains():

@@ -8,8 +8,8 @@ What is upstream is named first: bad data explain a bad teacher, a bad teacher e
 student. Some findings are suspicions: they are the diagnosis only if there is a symptom as well.
 
 Read in order: what a check finds (`findings`), what it needs (`patient`), then the checks: what
-comes before training (`views`, `parts`, `worlds`, `upstream`, `usual`), training itself, taken
-anew (`replay`, by `loop` and `slips`) and read (`code`), its traces (`history`), and what the
+comes before training (`views`, `parts`, `marred`, `worlds`, `upstream`, `usual`), training itself,
+taken anew (`replay`, by `loop` and `slips`) and read (`code`), its traces (`history`), and what the
 model says (`answers`). If all of that explains nothing, the recipe is tried with other settings
 (`trials`).
 """
@@ -59,9 +59,9 @@ def teacher_itself(p: Patient) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (  # upstream first
-    *(upstream.data_variety, upstream.data_range, upstream.data_spread, upstream.data_layout),
-    *(upstream.data_negatives, upstream.data_labels, upstream.data_flip),
-    *(parts.placeholders, parts.cut_elsewhere, parts.pictures, parts.held_out, known_data),
+    *(upstream.data_variety, upstream.data_range, upstream.data_spread, known_data),
+    *(upstream.data_layout, upstream.data_negatives, upstream.data_labels, upstream.data_flip),
+    *(parts.placeholders, parts.cut_elsewhere, parts.pictures, parts.held_out),
     *(upstream.noise_range, settings, upstream.finite, upstream.boundary),
     *(upstream.guidance, answers.teacher_labels, teacher_itself, upstream.teacher),
     *(upstream.unlabelled, upstream.walk, upstream.teacher_samples, upstream.first_round),
@@ -130,7 +130,8 @@ def _same(findings: list[Finding]) -> bool:
 
 def _too_short(p: Patient, findings: list[Finding]) -> Iterator[Finding]:
     """Whether a run was to end before it has learned what comes late."""
-    late = [f.verdict for f in findings if f.verdict != "well" and f.norm.role == "late"]
+    bad_ones = [f for f in findings if f.verdict != "well" and f.check != "stray"]
+    late = [f.verdict for f in bad_ones if f.norm.role == "late"]
     if p.run.finished:
         seen = p.run.step * p.recipe.training.batch_size
         bad: Verdict = "ill" if p.early and ("ill" in late or len(late) > 1) else "well"
@@ -174,7 +175,9 @@ def _puzzling(findings: list[Finding], early: bool) -> bool:
     sick = any(
         f.norm.role in ("symptom", *late) for f in bad if f.verdict == "ill" or f.check == "samples"
     )
-    return sick or (not early and any(f.check == "settings" for f in bad))
+    odd = {f.check for f in bad}
+    astray = "stray" in odd and "teacher itself" not in odd
+    return sick or (not early and ("settings" in odd or astray))
 
 
 def _cleared(findings: list[Finding]) -> list[Finding]:

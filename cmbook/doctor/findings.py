@@ -259,6 +259,11 @@ NORMS = {
         LONGER,
         "late",
     ),
+    "stray": Norm(
+        "share of samples farther from the data than 9 in 10 of these are: 0.1 to 0.35",
+        LONGER,
+        "late",
+    ),
     "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),
     "agreement": Norm(
@@ -345,7 +350,9 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
     bad = {f.norm.role for f in findings if f.verdict == "ill"}
     sick = bool(bad & {"symptom", "late"})
     surely = "symptom" in bad or (sick and not early)
-    poor = any(f.verdict == "ill" and f.check == "teacher samples" for f in findings)
+    # What is odd about a teacher is why its samples are bad, if nothing else is.
+    known = {f.check for f in findings if f.verdict == "ill" and f.check.startswith("teacher ")}
+    poor = known == {"teacher samples"}
     anew = {f.check: f.verdict for f in findings if f.check.endswith(" anew")}
 
     def judged(f: Finding) -> Finding:
@@ -361,7 +368,7 @@ def ranked(findings: list[Finding], early: bool) -> tuple[Finding, ...]:
 
     def rank(f: Finding) -> tuple[int, int]:
         if f.verdict != "ill":  # this run comes before its teacher, and what a trial says first
-            later = {"trial": -1, "teacher itself": 1}.get(f.check, 0)
+            later = {"trial": -1, "teacher itself": 1, "stray": 2}.get(f.check, 0)
             return ("look", "well").index(f.verdict) + 1, later
         said = {"suspicion": 2, "vague": 3, "symptom": 4, "late": 4}.get(f.norm.role, 0)
         certain = {"code": 0, "steps anew": 1}  # if vague

@@ -32,6 +32,7 @@ _JUDGED = (
 )
 # What suits depends on the data, too.
 _SIZED = ("training.optimizer.lr", "network.width", "objective.levels")
+_BOTH = (".kind", ".mu_variant")  # all of them are published
 _NEAR_ONE = ("decay", "start_decay", "average_decay")
 # Answers are means only if the distance is L2; consistency may be measured by any.
 _MEANS = (EDM, ProgressiveDistillation, ContinuousDistillation, ContinuousTraining)
@@ -85,7 +86,7 @@ def _usual(kind: str, data: str = "") -> dict[str, set[Any]]:
 def _judged(recipe: Experiment) -> dict[str, Any]:
     """Its settings that are judged."""
     every = experiment.settings(recipe).items()
-    judged = {k: v for k, v in every if k.startswith(_JUDGED) and not k.endswith(".kind")}
+    judged = {k: v for k, v in every if k.startswith(_JUDGED) and not k.endswith(_BOTH)}
     if isinstance(recipe.objective, _MEANS):
         judged["objective.distance"] = type(recipe.objective.distance).__name__
     return judged

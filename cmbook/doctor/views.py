@@ -77,7 +77,7 @@ def _shifts() -> dict[str, View]:
 
 
 def drifts() -> dict[str, list[View]]:
-    """How pictures may be moved, each by other numbers of pixels.
+    """How pictures may be moved, turned or cropped, each in another way.
 
     Source: ours.
     """
@@ -86,6 +86,12 @@ def drifts() -> dict[str, list[View]]:
     return {
         "moved by some pixels": [_pushed(a, b, 1) for a, b in near],
         "moved by some pixels, around the edge": [_rolled(a, b, 1) for a, b in around],
+        "rotated, each by another angle": [_rotated(angle) for angle in range(-90, 91, 5) if angle],
+        "cropped, each to another part, and enlarged": [
+            _cropped(down, right, k)
+            for k in (4, 5, 6, 7)
+            for down, right in product(range(9 - k), repeat=2)
+        ],
     }
 
 
@@ -104,6 +110,19 @@ def _pushed(down: int, right: int, eighths: int) -> View:
         k, s = max(1, eighths * x.shape[-1] // 8), x.shape[-1]
         y, top, left = pad(x, (2 * k,) * 4, value=-1.0), k * (2 - down), k * (2 - right)
         return y[..., top : top + s, left : left + s]
+
+    return view
+
+
+def _cropped(down: int, right: int, eighths: int) -> View:
+    """A square part of it, in the size of the whole."""
+
+    def view(x: Tensor) -> Tensor:
+        k = x.shape[-1] // 8
+        top, left, size = down * k, right * k, eighths * k
+        part = x[..., top : top + size, left : left + size]
+        large: Tensor = interpolate(part, size=x.shape[-1], mode="bilinear")
+        return large
 
     return view
 

@@ -13,21 +13,21 @@ from functools import lru_cache
 from itertools import permutations
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from cmbook.data.digits import TINTS, Digits
 from cmbook.data.glyphs import FONTS, GlyphData, drawn
-from cmbook.doctor.findings import Finding, Verdict, found
+from cmbook.doctor.findings import Finding, found
+from cmbook.doctor.marred import EXACT, SAME, SOME, Told, marred, normed, slopes
 from cmbook.doctor.patient import Patient
 from cmbook.doctor.views import CHOICES, SOFT, View, drifts, moves, retouches, turns
 from cmbook.protocols import Labels, Samples
 
-Told = tuple[float, Verdict, str]
-SAME = 0.01  # 1 - correlation: of one picture read twice below 0.001, of two digits 0.05
 SMALL = 16  # pixels of a side: larger pictures are looked at in little first
-SOME = 0.08  # a share of the pictures that is no accident
 
 
 class World(NamedTuple):
@@ -89,8 +89,11 @@ def known_pictures(x: Samples, label: Labels | None = None) -> Finding:
     gray = x.mean(1, keepdim=True)
     colored = x.shape[1] == 3 and float((x - gray).abs().max()) > 0.01
     alone = () if colored else (_negatives,)
+    if colored and (space := _converted(x)):
+        return found("known data", *space)
     if (digits := _as_digits(gray)) is not None:
-        return _said(digits, _viewed, *alone, _colors(x), _named(label), _marred(gray))
+        looks = (_colors(x), _named(label), _marred(gray), _foreign(label))
+        return _said(digits, _viewed, *alone, *looks)
     if colored:
         channels = [_as_digits(x[:, c : c + 1]) for c in range(3)]
         known = [match for match in channels if match is not None]
@@ -127,7 +130,7 @@ def _native(x: Samples) -> bool:
 
 
 def _marred(x: Samples) -> Callable[[Match], Told | None]:
-    return lambda match: marred(x, match.world) if _native(x) else None
+    return lambda match: marred(x, match.world.x) if _native(x) else None
 
 
 def _said(match: Match, *looks: Callable[[Match], Told | None]) -> Finding:
@@ -228,7 +231,7 @@ def _match(x: Tensor, world: World) -> Match:
     few = x[:48]
     if len(x) > len(few) and float((_match(few, world).least < SAME).float().mean()) < 0.3:
         x = few  # it is another world
-    rows, rest = _normed(x), dict[str, Tensor]()
+    rows, rest = normed(x), dict[str, Tensor]()
     best, sign = torch.zeros_like(x), torch.ones(len(rows))
     kind, least = torch.zeros(len(rows), dtype=torch.int64), torch.full((len(rows),), math.inf)
     same: list[View] = [lambda x: x]
@@ -237,7 +240,7 @@ def _match(x: Tensor, world: World) -> Match:
             shown = view(world.x)
             if shown.shape != world.x.shape:
                 continue  # it needs an even size
-            alike = rows @ _normed(shown).T
+            alike = rows @ normed(shown).T
             value, which = alike.abs().max(1)
             left = (1 - value).clamp(min=1e-5)
             rest[name] = torch.minimum(left, rest.get(name, left))
@@ -248,14 +251,6 @@ def _match(x: Tensor, world: World) -> Match:
         if name == PLAIN and float((least < SAME / 10).float().mean()) > 0.97:
             break  # nothing is left to be explained
     return Match(world, rest, best, kind, sign)
-
-
-def _normed(x: Tensor) -> Tensor:
-    """Without mean and contrast."""
-    rows = x.flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    normed: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    return normed
 
 
 def _viewed(match: Match) -> Told | None:
@@ -289,7 +284,7 @@ def _colors(x: Samples) -> Callable[[Match], Told | None]:
     def look(match: Match) -> Told | None:
         if x.shape[1] != 3:
             return None
-        tint = _slopes(x[: len(match.best)], match.best)
+        tint = slopes(x[: len(match.best)], match.best)
         off = {
             name: torch.cdist(tint, torch.tensor(TINTS) @ matrix).amin(1)
             for name, matrix in _confusions().items()
@@ -308,11 +303,32 @@ def _colors(x: Samples) -> Callable[[Match], Told | None]:
     return look
 
 
-def _slopes(x: Tensor, known: Tensor) -> Tensor:
-    """The color of every picture that is a gray one in color."""
-    rows = known.flatten(2) - known.mean((2, 3))[..., None]
-    slopes: Tensor = (x.flatten(2) * rows).sum(2) / rows.square().sum(2).clamp(min=1e-6)
-    return slopes
+def _converted(x: Samples) -> Told | None:
+    """Whether they are tinted digits in another color space."""
+    if x.shape[2:] != (8, 8):
+        return None
+    bytes_ = 127.5 * (x[:128].flatten(1) + 1)
+    for space in ("HSV", "LAB"):
+        off = torch.cdist(bytes_, _tinted(space), p=1).amin(1) / bytes_.shape[1]
+        share = float((off < 4).float().mean())
+        if share > 0.8:
+            return share, "ill", f"the pictures are tinted digits in {space}, and no RGB"
+    return None
+
+
+@lru_cache(maxsize=2)
+def _tinted(space: str) -> Tensor:
+    """All of them, as bytes of a color space."""
+    data = Digits(tinted=True).build()
+    x = 127.5 * (torch.cat([data.x, data.held_out().x]) + 1)
+    tall = x.permute(0, 2, 3, 1).reshape(-1, 8, 3).round().byte()
+    return (
+        torch.tensor(np.array(Image.fromarray(tall.numpy()).convert(space)))
+        .reshape(len(x), 8, 8, 3)
+        .permute(0, 3, 1, 2)
+        .flatten(1)
+        .float()
+    )
 
 
 def _confusions() -> dict[str, Tensor]:
@@ -365,6 +381,23 @@ def _named(label: Labels | None) -> Callable[[Match], Told | None]:
     return look
 
 
+def _foreign(label: Labels | None) -> Callable[[Match], Told | None]:
+    """Whether there are others among them, which are called digits, too."""
+
+    def look(match: Match) -> Told | None:
+        # What is flat has no correlation with anything, and is told elsewhere.
+        known, other = match.least < EXACT, (match.least > 3 * SAME) & (match.least < 0.99)
+        share = float(other.float().mean())
+        if share < SOME / 2 or float((known | other).float().mean()) < 0.95:
+            return None
+        own = label is not None and not bool(
+            torch.isin(label[: len(known)][other], label[: len(known)][known]).any()
+        )
+        return share, "look" if own else "ill", "something else"
+
+    return look
+
+
 def _mistaken(counts: Tensor) -> Told | None:
     """Whether some of a digit have another label than most of it."""
     share = 1 - float(counts.amax(1).sum() / counts.sum())
@@ -386,104 +419,3 @@ def _renamed(counts: Tensor) -> Told | None:
     if not (pure and bool((counts.sum(1) >= 3).all()) and len(names.unique()) >= 7 and wrong):
         return None
     return 1.0, "ill", f"with labels that are not theirs: {', '.join(wrong)}"
-
-
-# ── what no view explains ──
-
-
-def marred(x: Samples, world: World) -> Told | None:
-    """Where pictures differ from the known ones that they were made from.
-
-    Source: ours.
-    """
-    x = x[:256]
-    full = 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
-    tries = [_beside(each, world, power) for each in (x, full, -x, -full) for power in (1, 2)]
-    changed, few, nearest, sure = max(tries, key=lambda each: float(each[3].float().mean()))
-    if float(sure.float().mean()) < 0.8:
-        return _noisy(x, world)
-    which = few.gather(1, nearest)[sure, 0]
-    return _differences(changed[sure][:, 0], world.x[which][:, 0])
-
-
-def _noisy(x: Samples, world: World) -> Told | None:
-    """Whether they are known ones, each another, but for noise that no two pixels share."""
-    alike, which = (_normed(x) @ _normed(world.x).T).max(1)
-    known, many = world.x[which], len(which.unique()) / len(which)
-    slope = _slopes(x, known)[..., None, None]
-    off = x - slope * known
-    off = off - off.mean((2, 3), keepdim=True)
-    beside = [(off[..., 1:] * off[..., :-1]).mean(), (off[..., 1:, :] * off[..., :-1, :]).mean()]
-    spread, shared = float(off.std() / slope.mean()), max(map(abs, beside)) / off.var()
-    if float((alike > 0.7).float().mean()) < 0.9 or many < 0.7 or spread < 0.09 or shared > 0.1:
-        return None
-    return 1.0, "ill", f"with noise of about {spread:.2g} in them"
-
-
-def _beside(x: Tensor, world: World, power: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same, the known pictures most like each, which of these is nearest, and if surely so.
-
-    Absolute differences see past what covers a part, squared ones past noise.
-    """
-    few = (_normed(x) @ _normed(world.x).T).topk(40).indices
-    differ = (x[:, None] - world.x[few]).abs().clamp(max=0.5).pow(power).flatten(2).mean(2)
-    least, second = differ.topk(2, largest=False).values.T
-    return x, few, differ.argmin(1, keepdim=True), least < 0.75 * second
-
-
-def _differences(x: Tensor, known: Tensor) -> Told | None:
-    """What distinguishes pictures from those they were made from."""
-    off = x - known
-    toned = _toned(x, known)
-    if toned is not None:
-        return toned
-    mask = off.abs() > 0.2
-    some = mask.flatten(1).any(1)
-    share, spread = float(some.float().mean()), float(off.std())
-    if share > SOME:
-        often = mask[some].float().mean(0)
-        there, quiet = often > 0.3 * often.max(), float(off[~mask].abs().mean()) < 0.01
-        if quiet and float(there.float().mean()) < 0.5 and float(often[~there].mean()) < 0.02:
-            return share, "ill", f"with something else in {_place(there)}"
-        if quiet and _blocked(mask[some]):
-            return share, "ill", "with a part of them covered"
-        if quiet and float(mask[some].float().mean()) < 0.3:
-            how = "with single pixels that are not theirs: salt and pepper, or lost numbers"
-            return share, "ill", how
-    if spread < 0.07:
-        return None
-    beside = float((off[..., 1:] * off[..., :-1]).mean()) / spread**2
-    if beside < 0.2:
-        verdict: Verdict = "ill" if spread > 0.09 else "look"
-        return 1.0, verdict, f"with noise of about {spread:.2g} in them"
-    return 1.0, "look", f"and their pixels are off by about {spread:.2g}"
-
-
-def _toned(x: Tensor, known: Tensor) -> Told | None:
-    """Whether grays are others, the same everywhere."""
-    off, tone = x - known, (8 * (known + 1)).round().long().clamp(0, 16)
-    count = torch.zeros(17).index_put_((tone,), torch.ones_like(x), accumulate=True)
-    shown = torch.zeros(17).index_put_((tone,), x, accumulate=True) / count.clamp(min=1)
-    rest = float((x - shown[tone]).std())
-    if float(off.std()) < 0.1 or rest > 0.4 * float(off.std()):
-        return None
-    k = int((shown - torch.linspace(-1, 1, 17)).abs().mul(count > 0).argmax())
-    return 1.0, "ill", f"with other grays: where they are {k / 8 - 1:.2g}, here is {shown[k]:.2g}"
-
-
-def _place(there: Tensor) -> str:
-    """Rows and columns of pixels, counted from 0."""
-    rows, columns = there.any(1).nonzero().flatten(), there.any(0).nonzero().flatten()
-    return f"rows {rows[0]} to {rows[-1]}, columns {columns[0]} to {columns[-1]}"
-
-
-def _blocked(mask: Tensor) -> bool:
-    """Whether what differs fills a small rectangle in each picture."""
-    rows, columns = mask.any(2), mask.any(1)
-    sides = [
-        line.shape[1] - line.int().argmax(1) - line.flip(1).int().argmax(1)
-        for line in (rows, columns)
-    ]
-    area = (sides[0] * sides[1]).float()
-    filled = mask.sum((1, 2)) / area
-    return float(filled.median()) > 0.4 and float(area.median()) < 0.5 * mask[0].numel()
