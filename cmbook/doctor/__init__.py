@@ -116,9 +116,9 @@ def examine(
             continue  # no step is what it should be
         _carry_out(check, patient, findings, skipped)
     findings += _too_short(patient, findings)
-    if _puzzling(findings, patient.early):
+    if _puzzling(findings, patient):
         _carry_out(_trial(findings), patient, findings, skipped)
-        findings = _cleared(findings)
+        findings = findings if patient.early else _cleared(findings)
     notes = tuple(_notes(patient.recipe))
     return Diagnosis(ranked(findings, patient.early), skipped, notes)
 
@@ -165,19 +165,21 @@ def _trial(findings: list[Finding]) -> Check:
     return trial
 
 
-def _puzzling(findings: list[Finding], early: bool) -> bool:
+def _puzzling(findings: list[Finding], p: Patient) -> bool:
     """Whether the run is bad, or its settings are odd, and nothing says why."""
     bad = [f for f in findings if f.verdict != "well"]
     wrong = any(f.verdict == "ill" and f.check == "steps anew" for f in bad)
     if wrong or any((f.verdict, f.norm.role) == ("ill", "fault") for f in bad):
         return False
-    late = () if early else ("late",)
+    late = () if p.early else ("late",)
     sick = any(
         f.norm.role in ("symptom", *late) for f in bad if f.verdict == "ill" or f.check == "samples"
     )
     odd = {f.check for f in bad}
     astray = "stray" in odd and "teacher itself" not in odd
-    return sick or (not early and ("settings" in odd or astray))
+    if p.early:  # and it is all there will be
+        return sick or (p.run.finished and {"settings", "samples", "stray"} <= odd)
+    return sick or "settings" in odd or astray
 
 
 def _cleared(findings: list[Finding]) -> list[Finding]:

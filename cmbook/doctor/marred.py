@@ -176,8 +176,9 @@ def ruled(x: Samples, known: Tensor) -> Told | None:
     if float((plain < EXACT).float().mean()) > 0.8:
         return None
     nearest = _alike(some, old).argmax(1)
-    sorted_ = (normed(some.sort(1).values) @ normed(old.sort(1).values).T).argmax(1)
-    for fit, pairs in ((_tones, nearest), (_sums, nearest), (_sums, sorted_)):
+    # The same grays, wherever they are.
+    anywhere = (normed(some.sort(1).values) @ normed(old.sort(1).values).T).argmax(1)
+    for fit, pairs in ((_tones, nearest), (_sums, nearest), (_sums, anywhere)):
         rule = _fitted(some, old, fit, pairs)
         rest = 1 - _alike(others, rule.shown).amax(1)
         if float((rest < torch.minimum(plain / 3, torch.tensor(SAME))).float().mean()) > 0.8:
@@ -236,21 +237,25 @@ def _filter(weights: Tensor, variance: Tensor) -> str:
         )
     if own < 0.5 and float(much.amax(1).sum() / much.sum()) > 0.8:
         return "with their pixels in other places"
-    line = torch.arange(side)
-    rows, columns = (line.repeat_interleave(side), line.repeat(side))
-    weight = much / much.sum()
+    if float(weights.clamp(max=0).sum() / weights.abs().sum()) < -0.2:
+        how = "sharpened"
+    else:
+        how = _blurred(much / much.sum(), side)
+    return f"{how}: every pixel is mixed with others, by the same rule in all"
+
+
+def _blurred(weight: Tensor, side: int) -> str:
+    """How, by the shares that pixels (columns) have in pixels (rows)."""
+    line = torch.arange(side).float()
 
     def width(place: Tensor) -> float:
-        far = (place[:, None] - place).float()
+        far = place[:, None] - place
         return float((weight * far.square()).sum() - (weight * far).sum().square())
 
-    across, down = width(columns), width(rows)
-    how = (
-        "sharpened" if float(weights.clamp(max=0).sum() / weights.abs().sum()) < -0.2 else "blurred"
-    )
-    if how == "blurred" and max(across, down) > 3 * min(across, down):
-        how = f"blurred {'across' if across > down else 'from top to bottom'}, as by motion"
-    return f"{how}: every pixel is mixed with others, by the same rule in all"
+    down, across = width(line.repeat_interleave(side)), width(line.repeat(side))
+    if max(across, down) <= 3 * min(across, down):
+        return "blurred"
+    return f"blurred {'across' if across > down else 'from top to bottom'}, as by motion"
 
 
 def _ghosts(x: Tensor, known: Tensor) -> Told | None:
