@@ -178,7 +178,7 @@ def _puzzling(findings: list[Finding], p: Patient) -> bool:
     odd = {f.check for f in bad}
     astray = "stray" in odd and "teacher itself" not in odd
     if p.early:  # and it is all there will be
-        return sick or (p.run.finished and {"settings", "samples", "stray"} <= odd)
+        return sick or (p.run.finished and {"settings", "stray"} <= odd)
     return sick or "settings" in odd or astray
 
 

@@ -120,7 +120,7 @@ def held_out(p: Patient) -> Iterator[Finding]:
     if n < 64:
         raise Undone("too few samples were held out to compare the data with")
     x, y = p.seen.x[:n], y[:n]
-    off, bad = unlike(x, y, 0.001, 0.01)
+    off, bad = unlike(x, y, 0.002, 0.01)
     how = "" if bad == "well" else _explained(p, x, y, off)
     cause = f"the training samples are not like those held out{how}"
     yield found("held out", off, bad, cause)

@@ -47,7 +47,8 @@ MOST = 0.5, 0.75  # of the logarithm of a gain: enough for fewer settings; no ne
 SAME = 0.25  # settings that differ by a factor of less than e to this power are the same
 STRAY, BESIDE = 0.25, 0.02  # share that strays without harm, and what more of them counts
 LONGER = 4, 10  # times the steps, at least and at most, that may be too few
-LARGER = 10  # times the operations of the run's network
+LARGER = 10  # times the operations of the run's network,
+SMALL = 1e6  # unless there are no more than that
 _PARTS = ("objective", "scalings", "network", "noise_range", "training")
 _KEPT = {  # how long and how it is computed, not what
     f"training.{name}"
@@ -153,7 +154,7 @@ def _large(p: Patient, recipe: Experiment) -> bool:
             net(torch.zeros(1, *shape), torch.ones(1), label)
     except (ValueError, RuntimeError, ArithmeticError):
         return True
-    return bool(counter.get_total_flops() > LARGER * p.flops)
+    return bool(counter.get_total_flops() > max(LARGER * p.flops, SMALL))
 
 
 def _tables(recipe: Experiment) -> Tables:
