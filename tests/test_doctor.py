@@ -498,7 +498,10 @@ TEACHERS = {
 }
 CASES = GOOD | BROKEN | ODD | TEACHERS
 BRIEFLY = {"continuous cd", "digits cd"}  # nothing is wrong with them but that they are short
-LONG = {"teacher of forty", "forty", "guidance", "dropping", "one noise"}  # half a minute each
+LONG = {
+    *("teacher of forty", "forty", "guidance", "dropping", "one noise"),
+    *("two levels", "few steps", "depth", "teacher of other data"),
+}  # half a minute each
 
 
 def brief(names):
