@@ -11,7 +11,7 @@ Read in order: what a check finds (`findings`), what it needs (`patient`), then 
 comes before training (`views`, `parts`, `marred`, `worlds`, `upstream`, `usual`), training itself,
 taken anew (`replay`, by `loop` and `slips`) and read (`code`), its traces (`history`), and what the
 model says (`answers`). If all of that explains nothing, the recipe is tried with other settings
-(`trials`).
+(`trials`), or for longer.
 """
 
 from collections.abc import Callable, Iterator
@@ -130,8 +130,7 @@ def _same(findings: list[Finding]) -> bool:
 
 def _too_short(p: Patient, findings: list[Finding]) -> Iterator[Finding]:
     """Whether a run was to end before it has learned what comes late."""
-    bad_ones = [f for f in findings if f.verdict != "well" and f.check != "stray"]
-    late = [f.verdict for f in bad_ones if f.norm.role == "late"]
+    late = [f.verdict for f in findings if f.verdict != "well" and f.norm.role == "late"]
     if p.run.finished:
         seen = p.run.step * p.recipe.training.batch_size
         bad: Verdict = "ill" if p.early and ("ill" in late or len(late) > 1) else "well"
@@ -177,7 +176,7 @@ def _puzzling(findings: list[Finding], p: Patient) -> bool:
     )
     odd = {f.check for f in bad}
     astray = "stray" in odd and "teacher itself" not in odd
-    if p.early:  # and it is all there will be
+    if p.early:
         return sick or (p.run.finished and {"settings", "stray"} <= odd)
     return sick or "settings" in odd or astray
 

@@ -148,7 +148,7 @@ NORMS = {
         "Look at your loss, at the loop and at the loader",
         "vague",
     ),
-    "trial": Norm("times that samples come nearer with published settings: below 2"),
+    "trial": Norm("times that samples come nearer with published settings, or more steps: below 2"),
     "finished": Norm("share of the steps that are taken: 1"),
     "samples seen": Norm(
         "100,000 at least, 300,000 by a consistency model", "Raise training.steps", "vague"
@@ -262,7 +262,7 @@ NORMS = {
     "stray": Norm(
         "share of samples farther from the data than 9 in 10 of these are: 0.1 to 0.35",
         LONGER,
-        "late",
+        "symptom",
     ),
     "modes": Norm("mass of the data that is missed: below 0.25; bad from 0.5", LONGER, "late"),
     "follows teacher": Norm("distance from its walk, over chance: below 0.6", LONGER, "symptom"),

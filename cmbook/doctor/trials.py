@@ -3,7 +3,7 @@
 Settings of the nearest published recipe take the place of the run's: those that are suspected,
 or all at once. If samples then come much nearer to the data, half of these settings are tried, and
 half of that half, until one is left that does it alone. Data, seed, teacher and number of steps
-stay what they are.
+stay what they are. If no setting does it, more steps are tried.
 """
 
 import math
